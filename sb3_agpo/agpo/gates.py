@@ -1,0 +1,107 @@
+"""
+Gates: how much of the policy gradient comes through the simulator.
+
+The published abstract says that the gradient is taken from the Q function where the variance of batched gradients marks a
+simulated transition as rough; it does not give the rule. Each rule here is one, and any callable of the same signature
+will do.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch as th
+
+
+class Gate(ABC):
+    """Weight of the analytic gradient, in [0, 1]."""
+
+    @abstractmethod
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """
+        Weigh a batch of gradients of one window step.
+
+        :param analytic: dJ/da through the simulator, shape ``(n, nu)``
+        :param critic: dQ/da, shape ``(n, nu)``
+        :param step: step of the window, 0 the first
+        :return: weights in [0, 1], shape ``(n,)``
+        """
+
+
+class ConstantGate(Gate):
+    """
+    The same weight everywhere: 0 is the critic's gradient alone, 1 the analytic one alone.
+
+    :param weight: in [0, 1]
+    :raises ValueError: if it is not
+    """
+
+    def __init__(self, weight: float) -> None:
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"`weight` must lie in [0, 1], got {weight!r}; 0 is the critic alone, 1 the simulator alone")
+        self.weight = weight
+
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """See :class:`Gate`."""
+        return analytic.new_full((len(analytic),), self.weight)
+
+
+class DisagreementGate(Gate):
+    r"""
+    Trust a sample's analytic gradient as far as it agrees with the critic's.
+
+    :math:`w = c\,m / (c\,m + |g^{sim}_a - g^Q_a|^2)` with :math:`m` the batch mean of :math:`|g^Q_a|^2`.
+
+    :param tolerance: c; larger trusts the simulator more. Usual range 1 to 100
+    :raises ValueError: if it is not positive
+    """
+
+    def __init__(self, tolerance: float = 8.0) -> None:
+        if not tolerance > 0.0:
+            raise ValueError(f"`tolerance` must be positive, got {tolerance!r}; usual values are 1 to 100")
+        self.tolerance = tolerance
+
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """See :class:`Gate`."""
+        scale = self.tolerance * critic.square().sum(-1).mean()
+        distance = (analytic - critic).square().sum(-1)
+        return scale / (scale + distance).clamp(min=1e-12)
+
+
+def batch_variance(gradients: th.Tensor) -> th.Tensor:
+    """
+    Trace of the covariance of a batch of gradients.
+
+    :param gradients: shape ``(n, nu)``
+    :return: scalar
+    """
+    return (gradients - gradients.mean(0)).square().sum(-1).mean()
+
+
+class VarianceSwitch(Gate):
+    """
+    All or nothing per window step: the simulator, unless the batch variance of its gradients is too large.
+
+    :param ratio: largest variance of the analytic gradients, in units of the variance of the critic's, that is trusted
+    :raises ValueError: if it is not positive
+    """
+
+    def __init__(self, ratio: float = 8.0) -> None:
+        if not ratio > 0.0:
+            raise ValueError(f"`ratio` must be positive, got {ratio!r}; usual values are 1 to 100")
+        self.ratio = ratio
+
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """See :class:`Gate`."""
+        smooth = batch_variance(analytic) <= self.ratio * batch_variance(critic)
+        return smooth.to(analytic).expand(len(analytic))
+
+
+class InverseVarianceGate(Gate):
+    """Weigh both gradients of a window step by the inverse of their batch variance."""
+
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """See :class:`Gate`."""
+        critic_variance = batch_variance(critic)
+        weight = critic_variance / (critic_variance + batch_variance(analytic)).clamp(min=1e-12)
+        return weight.expand(len(analytic))

@@ -1,0 +1,220 @@
+"""Policy classes of AGPO: SB3's squashed Gaussian actor, and an ensemble of smooth critics evaluated as one network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.sac.policies import Actor, SACPolicy
+from torch import nn
+from torch.nn import functional as F
+
+
+class EnsembleLinear(nn.Module):
+    """
+    Linear layers of ``n`` networks, applied in one batched product.
+
+    :param n: number of networks
+    :param in_features: inputs of each
+    :param out_features: outputs of each
+    """
+
+    def __init__(self, n: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        layers = [nn.Linear(in_features, out_features) for _ in range(n)]  # PyTorch's own initialisation
+        self.weight = nn.Parameter(th.stack([layer.weight.detach().T for layer in layers]))  # (n, in, out)
+        self.bias = nn.Parameter(th.stack([layer.bias.detach()[None] for layer in layers]))  # (n, 1, out)
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        Apply each network's layer to its own inputs.
+
+        :param inputs: shape ``(n, batch, in_features)``
+        :return: shape ``(n, batch, out_features)``
+        """
+        return th.baddbmm(self.bias, inputs, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """
+    Layer normalisation of ``n`` networks with their own scales and shifts.
+
+    :param n: number of networks
+    :param features: features to normalise over
+    """
+
+    def __init__(self, n: int, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.weight = nn.Parameter(th.ones(n, 1, features))
+        self.bias = nn.Parameter(th.zeros(n, 1, features))
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        Normalise each row.
+
+        :param inputs: shape ``(n, batch, features)``
+        :return: the same shape
+        """
+        return th.addcmul(self.bias, F.layer_norm(inputs, (self.features,)), self.weight)
+
+
+class EnsembleCritic(BaseModel):
+    """
+    ``n_critics`` Q-functions with the interface of SB3's ``ContinuousCritic``, evaluated as one batched network.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param net_arch: widths of the hidden layers
+    :param features_extractor: network that extracts features from observations
+    :param features_dim: number of features
+    :param activation_fn: activation; a smooth one gives much better action gradients than ReLU
+    :param layer_norm: normalise each hidden layer before its activation
+    :param normalize_images: divide images by 255
+    :param n_critics: number of Q-functions
+    :param share_features_extractor: the features extractor belongs to the actor and is not trained here
+    """
+
+    features_extractor: BaseFeaturesExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        layer_norm: bool = True,
+        normalize_images: bool = True,
+        n_critics: int = 2,
+        share_features_extractor: bool = True,
+    ) -> None:
+        super().__init__(
+            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+        )
+        self.n_critics, self.share_features_extractor = n_critics, share_features_extractor
+        widths = [features_dim + get_action_dim(action_space), *net_arch]
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            layers.append(EnsembleLinear(n_critics, width_in, width_out))
+            if layer_norm:
+                layers.append(EnsembleLayerNorm(n_critics, width_out))
+            layers.append(activation_fn())
+        self.q_networks = nn.Sequential(*layers, EnsembleLinear(n_critics, widths[-1], 1))
+
+    def q_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Values of all critics.
+
+        :param obs: observations, batch of ``n``
+        :param actions: actions in [-1, 1], shape ``(n, nu)``
+        :return: shape ``(n_critics, n)``
+        """
+        # The features extractor is the actor's when shared: it learns from the actor's loss alone
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
+        inputs = th.cat([features, actions], dim=1)
+        return self.q_networks(inputs.expand(self.n_critics, *inputs.shape)).squeeze(-1)
+
+    def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        Values of all critics in the form of SB3's ``ContinuousCritic``.
+
+        :param obs: observations, batch of ``n``
+        :param actions: actions in [-1, 1], shape ``(n, nu)``
+        :return: one tensor of shape ``(n, 1)`` per critic
+        """
+        return tuple(self.q_values(obs, actions).unsqueeze(-1))
+
+    def q1_forward(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        Value of the first critic alone.
+
+        :param obs: observations, batch of ``n``
+        :param actions: actions in [-1, 1], shape ``(n, nu)``
+        :return: shape ``(n, 1)``
+        """
+        return self(obs, actions)[0]
+
+
+class AGPOPolicy(SACPolicy):
+    """
+    Actor and critics of AGPO. The actor is SAC's; the critics are smooth, normalised and evaluated together.
+
+    Parameters are those of SB3's ``SACPolicy``, and:
+
+    :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
+    :param layer_norm: layer normalisation in the critics
+    :param critic_learning_rate_scale: the critics' learning rate is ``learning_rate`` times this
+    """
+
+    critic: EnsembleCritic  # type: ignore[assignment]
+    critic_target: EnsembleCritic  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        *args: Any,
+        layer_norm: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.layer_norm = layer_norm
+        if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
+            # One kernel for all parameters; the arithmetic is Adam's
+            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {})}
+        super().__init__(observation_space, action_space, lr_schedule, net_arch, activation_fn, *args, **kwargs)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsembleCritic:  # type: ignore[override]
+        """
+        Build the critics.
+
+        :param features_extractor: the actor's, if shared
+        :return: a new ensemble
+        """
+        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return EnsembleCritic(**critic_kwargs, layer_norm=self.layer_norm).to(self.device)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        parameters = super()._get_constructor_parameters()
+        parameters.update(layer_norm=self.layer_norm, share_features_extractor=self.share_features_extractor)
+        return parameters
+
+
+MlpPolicy = AGPOPolicy
+
+
+class CnnPolicy(AGPOPolicy):
+    """:class:`AGPOPolicy` for images: SB3's ``NatureCNN`` by default."""
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputPolicy(AGPOPolicy):
+    """:class:`AGPOPolicy` for dictionary observations: SB3's ``CombinedExtractor`` by default."""
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+__all__ = [
+    "AGPOPolicy",
+    "Actor",
+    "CnnPolicy",
+    "EnsembleCritic",
+    "FlattenExtractor",
+    "MlpPolicy",
+    "MultiInputPolicy",
+]

@@ -1,0 +1,303 @@
+"""Buffers for experience with derivatives: fresh windows for the policy, recent transitions for the critic."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_agpo.dynamics.interface import TransitionDerivatives
+
+FloatArray = NDArray[np.float32]
+
+
+class RolloutWindows(NamedTuple):
+    """``W`` windows of ``H`` consecutive steps; short windows are padded at the end with steps of mask 0."""
+
+    observations: th.Tensor  # (H, W, nobs)
+    next_observations: th.Tensor  # (H, W, nobs)
+    actions: th.Tensor  # (H, W, nu) in [-1, 1]
+    noise: th.Tensor  # (H, W, nu) acting noise eps; NaN where the policy did not choose the action
+    terminated: th.Tensor  # (H, W) bool
+    boundary: th.Tensor  # (H, W) bool: time limit, auto-reset or end of the window
+    valid: th.Tensor  # (H, W) bool: derivatives are to be trusted
+    mask: th.Tensor  # (H, W) 1 for real steps, 0 for padding
+    A: th.Tensor  # (H, W, ndx, ndx)
+    B: th.Tensor  # (H, W, ndx, nu)
+    O_x: th.Tensor  # (H, W, nobs, ndx)
+    O_a: th.Tensor  # (H, W, nobs, nu)
+    r_x: th.Tensor  # (H, W, ndx)
+    r_a: th.Tensor  # (H, W, nu)
+
+
+class DerivativeSamples(NamedTuple):
+    """Transitions with the derivatives that the differentiated Bellman equation needs."""
+
+    observations: th.Tensor  # (n, nobs)
+    actions: th.Tensor  # (n, nu)
+    next_observations: th.Tensor  # (n, nobs)
+    rewards: th.Tensor  # (n,)
+    terminated: th.Tensor  # (n,) 1 where the episode ended for good
+    C: th.Tensor  # (n, nobs, ndx)
+    O_x: th.Tensor  # (n, nobs, ndx)
+    O_a: th.Tensor  # (n, nobs, nu)
+    r_x: th.Tensor  # (n, ndx)
+    r_a: th.Tensor  # (n, nu)
+
+
+class Transition(NamedTuple):
+    """One step of all environments as the algorithm stored it, unnormalised."""
+
+    observations: FloatArray  # (n_envs, nobs)
+    next_observations: FloatArray  # (n_envs, nobs) true successors, not what an auto-reset put there
+    actions: FloatArray  # (n_envs, nu) in [-1, 1]
+    noise: FloatArray  # (n_envs, nu)
+    rewards: FloatArray  # (n_envs,)
+    terminated: NDArray[np.bool_]  # (n_envs,)
+    done: NDArray[np.bool_]  # (n_envs,) terminated or truncated: the next stored step is of another episode
+
+
+def observation_scale(observations: FloatArray, normalization: VecNormalize | None) -> FloatArray | float:
+    """
+    d(normalised observation) / d(raw observation) under the current statistics of ``VecNormalize``.
+
+    :param observations: raw observations, shape ``(..., nobs)``
+    :param normalization: the wrapper, None if there is none
+    :return: the same shape, zero where the normalised value is clipped; 1.0 without normalisation
+    """
+    if normalization is None or not normalization.norm_obs:
+        return 1.0
+    deviation = np.sqrt(normalization.obs_rms.var + normalization.epsilon)  # type: ignore[union-attr]
+    inside = np.abs((observations - normalization.obs_rms.mean) / deviation) < normalization.clip_obs  # type: ignore[union-attr]
+    return (inside / deviation).astype(np.float32)
+
+
+def reward_scale(rewards: FloatArray, normalization: VecNormalize | None) -> FloatArray | float:
+    """
+    d(normalised reward) / d(raw reward) under the current statistics of ``VecNormalize``.
+
+    :param rewards: raw rewards, shape ``(...)``
+    :param normalization: the wrapper, None if there is none
+    :return: the same shape, zero where the normalised value is clipped; 1.0 without normalisation
+    """
+    if normalization is None or not normalization.norm_reward:
+        return 1.0
+    deviation = np.sqrt(normalization.ret_rms.var + normalization.epsilon)
+    return ((np.abs(rewards / deviation) < normalization.clip_reward) / deviation).astype(np.float32)
+
+
+def _over(scale: FloatArray | float, field: FloatArray, axes: int) -> FloatArray:
+    """Multiply ``field`` by ``scale``, which lacks the last ``axes`` axes."""
+    if isinstance(scale, float):
+        return field
+    return field * scale.reshape(*scale.shape, *(1,) * axes)
+
+
+class DifferentiableRolloutBuffer:
+    """
+    Fresh experience in windows, with the derivatives of each step.
+
+    Steps come in one at a time, their derivatives later and in one batch. Once ``rollout_size`` transitions have both,
+    :attr:`full` is True and :meth:`windows` cuts each environment's steps into consecutive windows of ``horizon`` steps.
+    Nothing depends on the training frequency: one environment fills the buffer with consecutive stretches of its steps.
+
+    :param rollout_size: transitions, over all environments, that make a batch of windows
+    :param horizon: steps of a window
+    :param n_envs: number of environments
+    :param device: where windows are put
+    :raises ValueError: if a size is not positive
+    """
+
+    def __init__(self, rollout_size: int, horizon: int, n_envs: int = 1, device: th.device | str = "cpu") -> None:
+        for name, value in (("rollout_size", rollout_size), ("horizon", horizon), ("n_envs", n_envs)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}")
+        self.rollout_size, self.horizon, self.n_envs, self.device = rollout_size, horizon, n_envs, device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._transitions: list[Transition] = []
+        self._derivatives: list[TransitionDerivatives] = []
+        self._n_differentiated = 0
+
+    @property
+    def n_pending(self) -> int:
+        """Steps (of all environments at once) that wait for their derivatives."""
+        return len(self._transitions) - self._n_differentiated
+
+    @property
+    def full(self) -> bool:
+        """Whether a batch of windows is ready."""
+        return self._n_differentiated * self.n_envs >= self.rollout_size
+
+    def add(self, transition: Transition) -> None:
+        """
+        Store one step of all environments.
+
+        :param transition: the step
+        """
+        self._transitions.append(transition)
+
+    def add_derivatives(self, derivatives: TransitionDerivatives) -> list[Transition]:
+        """
+        Store the derivatives of all pending steps.
+
+        :param derivatives: ``n_pending * n_envs`` transitions, environment by environment within each step
+        :return: the steps they belong to
+        :raises ValueError: if the number does not fit
+        """
+        expected = self.n_pending * self.n_envs
+        if len(derivatives.reward) != expected:
+            raise ValueError(f"expected the derivatives of {expected} transitions, got {len(derivatives.reward)}")
+        pending = self._transitions[self._n_differentiated :]
+        self._derivatives.append(derivatives)
+        self._n_differentiated = len(self._transitions)
+        return pending
+
+    def windows(self, normalization: VecNormalize | None = None) -> RolloutWindows:
+        """
+        Cut everything stored into windows.
+
+        :param normalization: the environment's ``VecNormalize``, whose current statistics are applied
+        :return: the windows
+        """
+        steps = Transition(*(np.stack(fields) for fields in zip(*self._transitions, strict=True)))  # (T, n_envs, ...)
+        n_steps = len(steps.rewards)
+        derivatives = TransitionDerivatives(*(np.concatenate(f) for f in zip(*self._derivatives, strict=True)))
+        derivatives = TransitionDerivatives(*(f.reshape(n_steps, self.n_envs, *f.shape[1:]) for f in derivatives))
+        obs, next_obs, scale_next = self._normalized(steps, normalization)
+        scale_r = reward_scale(steps.rewards, normalization)
+        boundary = steps.done.copy()
+        boundary[self.horizon - 1 :: self.horizon] = True
+        boundary[-1] = True
+        fields: dict[str, NDArray[Any]] = {
+            "observations": obs,
+            "next_observations": next_obs,
+            "actions": steps.actions,
+            "noise": steps.noise,
+            "terminated": steps.terminated,
+            "boundary": boundary,
+            "valid": derivatives.valid,
+            "mask": np.ones((n_steps, self.n_envs), dtype=np.float32),
+            "A": derivatives.A,
+            "B": derivatives.B,
+            "O_x": _over(scale_next, derivatives.O_x, 1),
+            "O_a": _over(scale_next, derivatives.O_a, 1),
+            "r_x": _over(scale_r, derivatives.r_x, 1),
+            "r_a": _over(scale_r, derivatives.r_a, 1),
+        }
+        return RolloutWindows(**{name: self._cut(field) for name, field in fields.items()})
+
+    @staticmethod
+    def _normalized(
+        steps: Transition, normalization: VecNormalize | None
+    ) -> tuple[FloatArray, FloatArray, FloatArray | float]:
+        """Observations as the networks see them, and the scale of the next ones."""
+        if normalization is None:
+            return steps.observations, steps.next_observations, 1.0
+        scale = observation_scale(steps.next_observations, normalization)
+        return normalization.normalize_obs(steps.observations), normalization.normalize_obs(steps.next_observations), scale  # type: ignore[return-value]
+
+    def _cut(self, field: NDArray[Any]) -> th.Tensor:
+        """Cut ``(T, n_envs, ...)`` into ``(H, W, ...)`` on the device, padding the last window of each environment."""
+        n_steps = len(field)
+        n_windows = -(-n_steps // self.horizon)
+        padding = n_windows * self.horizon - n_steps
+        padded = np.concatenate([field, np.zeros((padding, *field.shape[1:]), dtype=field.dtype)])
+        cut = padded.reshape(n_windows, self.horizon, *field.shape[1:]).swapaxes(0, 1)
+        cut = cut.reshape(self.horizon, n_windows * self.n_envs, *field.shape[2:])
+        dtype = np.bool_ if field.dtype == np.bool_ else np.float32
+        return th.as_tensor(np.ascontiguousarray(cut, dtype=dtype), device=self.device)
+
+
+class DerivativeReplayBuffer:
+    """
+    The most recent transitions with their derivatives, within a memory budget, for the critic's gradient matching.
+
+    Memory is reserved at the first transition, when its sizes are known, and grows into use as transitions come.
+
+    :param capacity: most transitions to keep
+    :param memory_bytes: most bytes to use; lowers the capacity where derivatives are large
+    :param device: where samples are put
+    :raises ValueError: if a bound is not positive
+    """
+
+    def __init__(self, capacity: int, memory_bytes: int, device: th.device | str = "cpu") -> None:
+        for name, value in (("capacity", capacity), ("memory_bytes", memory_bytes)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}")
+        self.capacity, self.memory_bytes, self.device = capacity, memory_bytes, device
+        self._fields: dict[str, FloatArray] = {}
+        self.position, self.size = 0, 0
+
+    @staticmethod
+    def bytes_per_transition(nobs: int, nu: int, ndx: int) -> int:
+        """
+        Memory that one transition takes.
+
+        :param nobs: length of an observation
+        :param nu: length of an action
+        :param ndx: length of a tangent vector of the state
+        :return: bytes
+        """
+        return 4 * (2 * nobs + nu + 2 + 2 * nobs * ndx + nobs * nu + ndx + nu)
+
+    def add(self, transitions: list[Transition], derivatives: TransitionDerivatives) -> None:
+        """
+        Store transitions whose derivatives are valid; the oldest give way.
+
+        :param transitions: steps of all environments, oldest first
+        :param derivatives: of the same steps, environment by environment within each step
+        """
+        valid = derivatives.valid
+        stacked = Transition(*(np.concatenate(fields) for fields in zip(*transitions, strict=True)))
+        new = {
+            "observations": stacked.observations,
+            "actions": stacked.actions,
+            "next_observations": stacked.next_observations,
+            "rewards": stacked.rewards,
+            "terminated": stacked.terminated,
+            **{name: getattr(derivatives, name) for name in ("C", "O_x", "O_a", "r_x", "r_a")},
+        }
+        if not self._fields:
+            self._allocate(new)
+        count = min(int(valid.sum()), self.capacity)
+        index = (self.position + np.arange(count)) % self.capacity
+        for name, values in new.items():
+            self._fields[name][index] = values[valid][-count:] if count else 0.0
+        self.position = (self.position + count) % self.capacity
+        self.size = min(self.size + count, self.capacity)
+
+    def _allocate(self, example: dict[str, NDArray[Any]]) -> None:
+        """Reserve memory for the sizes of ``example``."""
+        per_transition = sum(4 * int(np.prod(values.shape[1:])) for values in example.values())
+        self.capacity = max(1, min(self.capacity, self.memory_bytes // per_transition))
+        self._fields = {n: np.zeros((self.capacity, *v.shape[1:]), dtype=np.float32) for n, v in example.items()}
+
+    def sample(self, batch_size: int, normalization: VecNormalize | None = None) -> DerivativeSamples:
+        """
+        Draw transitions with replacement.
+
+        :param batch_size: number of transitions
+        :param normalization: the environment's ``VecNormalize``, whose current statistics are applied
+        :return: the samples
+        """
+        index = np.random.randint(0, self.size, size=batch_size)
+        batch = {name: field[index] for name, field in self._fields.items()}
+        if normalization is not None:
+            scale, next_scale = (
+                observation_scale(batch[name], normalization) for name in ("observations", "next_observations")
+            )
+            scale_r = reward_scale(batch["rewards"], normalization)
+            # o enters C^T dQ/do: the raw derivative of the normalised observation
+            batch["C"] = _over(scale, batch["C"], 1)
+            batch["O_x"], batch["O_a"] = _over(next_scale, batch["O_x"], 1), _over(next_scale, batch["O_a"], 1)
+            batch["r_x"], batch["r_a"] = _over(scale_r, batch["r_x"], 1), _over(scale_r, batch["r_a"], 1)
+            batch["rewards"] = normalization.normalize_reward(batch["rewards"]).astype(np.float32)
+            for name in ("observations", "next_observations"):
+                batch[name] = normalization.normalize_obs(batch[name])  # type: ignore[assignment]
+        return DerivativeSamples(**{n: th.as_tensor(v, device=self.device) for n, v in batch.items()})

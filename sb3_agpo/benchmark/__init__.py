@@ -1,0 +1,1 @@
+"""Benchmarks of this package: ``python -m sb3_agpo.benchmark --help``."""

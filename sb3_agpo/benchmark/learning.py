@@ -1,0 +1,326 @@
+"""The ``learning`` command: plan the runs of the matrix, do those that are missing, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from tqdm import tqdm
+
+from sb3_agpo.benchmark import records
+from sb3_agpo.benchmark.algorithms import NAMES, RANDOM, AlgorithmSpec, find_algorithm, torch_module
+from sb3_agpo.benchmark.records import BUDGETS, RunKey
+from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
+
+OTHER_BUDGET = 50_000
+DEFAULT_OUTPUT = Path("docs/benchmarks/learning.csv")
+# Read by the numerical libraries when they are loaded, so they have to be set before a run's process starts.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Define the command's options.
+
+    :param parser: gets them
+    """
+    add = parser.add_argument
+    add("--algorithms", nargs="+", default=list(NAMES), metavar="NAME", help=f"from {', '.join(NAMES)} (default: all)")
+    add("--envs", nargs="+", default=list(BUDGETS), metavar="ENV", help="Gymnasium names (default: the ten MuJoCo tasks)")
+    add("--seeds", nargs="+", default=["0-4"], metavar="SEED", help="numbers or ranges such as 0-4 (default: 0-4)")
+    add("--steps", type=int, help="environment steps of every run (default: 100k for walkers, 50k for the other tasks)")
+    add("--eval-every", type=int, default=5000, metavar="STEPS", help="steps between evaluations (default: 5000)")
+    add("--processes", type=int, default=1, help="runs at the same time (default: 1)")
+    add("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    add("--n-envs", type=int, help="training environments of every run (default: the algorithm's own)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=
+        "change constructor arguments of every selected algorithm: a Python literal or a class of torch.nn; "
+        "policy_kwargs.net_arch=[64,64] changes one entry of a dictionary")  # fmt: skip
+    add("--label", help="name in the algorithm column, for a single algorithm changed by --set or --n-envs")
+    add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
+    add("--models", type=Path, metavar="FOLDER", help="save models to this folder")
+    add("--save-at", type=int, nargs="+", default=[], metavar="STEPS", help="steps to save models at (default: the end)")
+    add("--redo", action="store_true", help="redo finished runs whose settings or library versions are different now")
+    add("--dry-run", action="store_true", help="only print what is to be done")
+
+
+def parse_seeds(texts: Iterable[str]) -> list[int]:
+    """
+    Read seeds from the command line.
+
+    :param texts: numbers and inclusive ranges, such as ``0`` and ``2-4``
+    :return: seeds in order, each once
+    :raises ValueError: for anything else
+    """
+    seeds: list[int] = []
+    for text in texts:
+        first, dash, last = text.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)) or (dash and int(last) < int(first)):
+            raise ValueError(f"'{text}' is no seed; give numbers or ranges such as 0 1 2 or 0-4")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """
+    Read ``--set`` from the command line.
+
+    :param texts: each ``key=value``
+    :return: key -> value
+    :raises ValueError: if one has no key or its value is no literal
+    """
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--set '{text}' is not of the form key=value")
+        if value.startswith("torch.nn."):
+            overrides[key] = torch_module(value)
+            continue
+        try:
+            overrides[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"--set {key}: {value} is no Python literal; a string needs quotes, {key}=\"'{value}'\""
+            ) from None
+    return overrides
+
+
+def _check(options: argparse.Namespace) -> None:
+    """
+    Refuse options that make no sense.
+
+    :param options: of the command line
+    :raises ValueError: with what to change
+    """
+    for name in ("steps", "eval_every", "processes", "threads", "n_envs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a number of 1 or more")
+    if options.label and len(options.algorithms) != 1:
+        raise ValueError(
+            f"--label {options.label} names one algorithm, but {len(options.algorithms)} are selected; select one"
+        )
+    if options.label in NAMES:
+        raise ValueError(f"--label {options.label} is the name of an algorithm; choose another one")
+    for env in options.envs:
+        try:
+            gym.spec(env)
+        except gym.error.Error as error:
+            raise ValueError(f"unknown task '{env}': {error}") from error
+
+
+def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]]:
+    """
+    The whole matrix, finished runs included.
+
+    :param options: of the command line
+    :return: runs with their algorithms; seed by seed, so that an interrupted matrix has a few seeds of everything
+    :raises ValueError: for options that make no sense
+    """
+    _check(options)
+    overrides = parse_overrides(options.overrides)
+    specs = {name: find_algorithm(name, options.n_envs, overrides) for name in dict.fromkeys(options.algorithms)}
+    plans = []
+    for i, seed in enumerate(parse_seeds(options.seeds)):
+        for env in dict.fromkeys(options.envs):
+            for name, spec in specs.items():
+                if spec.algorithm is None and i > 0:
+                    continue  # the random policy learns nothing: one run of many episodes says it all
+                budget = (options.steps or BUDGETS.get(env, OTHER_BUDGET)) if spec.algorithm else 0
+                key = RunKey(options.label or name, env, seed if spec.algorithm else 0, spec.settings_hash(), budget)
+                plan = RunPlan(
+                    key, name, options.output, options.eval_every, options.threads, options.n_envs,
+                    overrides, options.models, tuple(options.save_at),
+                )  # fmt: skip
+                plans.append((plan, spec))
+    return plans
+
+
+def differences(key: RunKey, own: bool, finished: list[records.Row]) -> str | None:
+    """
+    Compare a run with those in the file.
+
+    :param key: the run
+    :param own: whether this package's version matters to its results
+    :param finished: rows of the file
+    :return: None if the run is not in the file; else what differs, empty if nothing does
+    """
+    same = [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
+    if not same:
+        return None
+    columns = [column for column in records.VERSION_COLUMNS if own or column != "sb3_agpo"]
+    now = {**records.versions(), "settings": key.settings}
+    changed = []
+    for column in [*columns, "settings"]:
+        if then := sorted({row[column] for row in same} - {now[column]}):
+            changed.append(f"{column} was {', '.join(then)}, is {now[column]}")
+    return "; ".join(changed)
+
+
+def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tuple[list[RunPlan], int]:
+    """
+    Leave out what is finished, and say so.
+
+    :param runs: the whole matrix
+    :param redo: whether to redo runs whose settings or versions are different now
+    :return: what is to be done; the number of runs left out although they are different now
+    """
+    missing, outdated, n_finished = [], 0, 0
+    finished = records.read_rows(runs[0][0].output) if runs else []
+    for plan, spec in runs:
+        changed = differences(plan.key, spec.own, finished)
+        if changed is None or (changed and redo):
+            missing.append(plan)
+        elif changed:
+            outdated += 1
+            print(f"kept, not redone without --redo: {_title(plan)} is finished, but {changed}", file=sys.stderr)
+        else:
+            n_finished += 1
+    print(f"{len(runs)} runs: {n_finished} finished, {outdated} finished but different, {len(missing)} to do", flush=True)
+    return missing, outdated
+
+
+def _title(plan: RunPlan) -> str:
+    return f"{plan.key.algorithm} on {plan.key.env}, seed {plan.key.seed}"
+
+
+@dataclass
+class Running:
+    """A run in progress, as its parent sees it."""
+
+    plan: RunPlan
+    process: SpawnProcess
+    steps: int = 0
+    error: str = ""
+
+
+class Pool:
+    """
+    Does runs, each in a process of its own, and says how they go.
+
+    :param plans: the runs
+    :param processes: how many at the same time
+    """
+
+    def __init__(self, plans: Sequence[RunPlan], processes: int) -> None:
+        self.waiting = list(reversed(plans))
+        self.processes = processes
+        self.running: dict[Connection, Running] = {}
+        self.failed = 0
+        total = sum(plan.key.budget for plan in plans)
+        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
+
+    def work(self) -> int:
+        """
+        Do all the runs.
+
+        :return: number of runs that failed
+        """
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < self.processes:
+                    self._start(self.waiting.pop())
+                for connection in wait(list(self.running)):
+                    assert isinstance(connection, Connection)
+                    self._receive(connection)
+        finally:
+            for running in self.running.values():
+                running.process.terminate()
+            self.bar.close()
+        return self.failed
+
+    def _start(self, plan: RunPlan) -> None:
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        # Not a daemon: an algorithm may want processes of its own.
+        process = context.Process(target=child, args=(plan, sender), daemon=False)
+        with _thread_variables(plan.threads):
+            process.start()
+        sender.close()  # so that the pipe ends with the child
+        self.running[receiver] = Running(plan, process)
+
+    def _receive(self, connection: Connection) -> None:
+        running = self.running[connection]
+        try:
+            message = connection.recv()
+        except EOFError:
+            del self.running[connection]
+            self._finish(running)
+            return
+        if isinstance(message, str):
+            running.error = message
+            return
+        self._say(
+            f"{_title(running.plan)}: return {float(message['return']):.1f} +- {float(message['return_std']):.1f} "
+            f"after {message['steps']} steps, {float(message['seconds']):.0f} s"
+        )
+        self.bar.update(min(int(message["steps"]), running.plan.key.budget) - running.steps)
+        running.steps = min(int(message["steps"]), running.plan.key.budget)
+
+    def _finish(self, running: Running) -> None:
+        running.process.join()
+        code = running.process.exitcode
+        if code == EXIT_BUSY:
+            self._say(f"{_title(running.plan)}: left out, another process is at it")
+        elif code != 0:
+            self.failed += 1
+            self._say(f"{_title(running.plan)}: FAILED, exit code {code}\n{running.error}".rstrip())
+        self.bar.update(running.plan.key.budget - running.steps)
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+@contextmanager
+def _thread_variables(threads: int) -> Iterator[None]:
+    """
+    Set the environment variables that limit threads, for processes started meanwhile.
+
+    :param threads: the limit
+    """
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def main(options: argparse.Namespace) -> int:
+    """
+    Run the command.
+
+    :param options: of the command line
+    :return: exit code: 1 if a run failed or was kept although different, 0 otherwise
+    :raises ValueError: for options that make no sense
+    """
+    missing, outdated = select_missing(plan_runs(options), options.redo)
+    if options.dry_run:
+        for plan in missing:
+            print(f"to do: {_title(plan)}, {plan.key.budget} steps, settings {plan.key.settings}")
+        return 0
+    failed = Pool(missing, options.processes).work()
+    if failed:
+        print(f"{failed} of {len(missing)} runs failed; the same command redoes them", file=sys.stderr)
+    return int(bool(failed or outdated))
+
+
+# ``random`` is listed among the algorithms but is none: it must come out of every selection as a single run.
+assert RANDOM in NAMES

@@ -1,0 +1,282 @@
+"""The benchmark's CSV files: columns, versions, safe concurrent writing."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, str]
+
+# The benchmark's tasks, with the environment steps of a run on each.
+BUDGETS = {
+    "HalfCheetah-v5": 100_000,
+    "Hopper-v5": 100_000,
+    "Walker2d-v5": 100_000,
+    "Ant-v5": 100_000,
+    "Humanoid-v5": 100_000,
+    "InvertedDoublePendulum-v5": 50_000,
+    "Reacher-v5": 50_000,
+    "Pusher-v5": 50_000,
+    "Swimmer-v5": 50_000,
+    "InvertedPendulum-v5": 50_000,
+}
+
+COLUMNS = (
+    "algorithm",
+    "env",
+    "seed",
+    "steps",
+    "simulator_calls",
+    "seconds",
+    "return",
+    "return_std",
+    "cpu_seconds",
+    "episodes",
+    "n_envs",
+    "threads",
+    "python",
+    "torch",
+    "stable_baselines3",
+    "gymnasium",
+    "mujoco",
+    "sb3_agpo",
+    "git_commit",
+    "settings",
+    "budget",
+    "eval_every",
+    "machine",
+)
+VERSION_COLUMNS = ("python", "torch", "stable_baselines3", "gymnasium", "mujoco", "sb3_agpo")
+
+
+class RunKey(NamedTuple):
+    """What identifies a run: two rows with equal keys are evaluations of the same run."""
+
+    algorithm: str
+    env: str
+    seed: int
+    settings: str
+    budget: int
+
+    @property
+    def file_name(self) -> str:
+        """Name of the run's own file, without its suffix."""
+        return re.sub(r"[^\w.+-]", "_", f"{self.algorithm}+{self.env}+{self.seed}+{self.settings}+{self.budget}")
+
+
+def key_of(row: Row) -> RunKey:
+    """
+    The run that a row belongs to.
+
+    :param row: as read from a file
+    :return: its key
+    """
+    return RunKey(row["algorithm"], row["env"], int(row["seed"]), row["settings"], int(row["budget"]))
+
+
+def versions() -> dict[str, str]:
+    """
+    Versions of everything that results depend on.
+
+    :return: column -> version, ``unknown`` for a library that is not installed as a package
+    """
+    found = {"python": platform.python_version()}
+    for column in VERSION_COLUMNS[1:]:
+        try:
+            found[column] = importlib.metadata.version(column.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            found[column] = "unknown"
+    return found
+
+
+def git_commit() -> str:
+    """
+    The commit of the package's code.
+
+    :return: short hash, with ``-dirty`` where the code differs from it; ``unknown`` outside of a repository with commits
+    """
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        # Optional locks off: looking must not write, even into the index.
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return "unknown"  # installed somewhere inside another project's repository
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> str:
+    """
+    The processor that results were obtained on.
+
+    :return: model and number of cores
+    """
+    model = platform.processor() or platform.machine()
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = match[1] if match else model
+    except OSError:
+        pass
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """
+    Read a CSV file of evaluations.
+
+    :param path: the file
+    :return: its rows, none if there is no such file; a last line cut off by a crash is dropped
+    :raises ValueError: if a column is missing
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    complete = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(complete))
+    if missing := set(COLUMNS) - set(reader.fieldnames or COLUMNS):
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that 'learning' wrote")
+    return list(reader)
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:
+    """
+    Write rows as CSV.
+
+    :param rows: evaluations, with all of ``COLUMNS``
+    :param header: whether to begin with the column names
+    :return: the text
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """
+    Write a file such that readers see the old or the new one, never a part, even after a crash.
+
+    :param path: the file; its folder must exist
+    :param text: new contents
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def partial_folder(output: Path) -> Path:
+    """
+    Where everything that is not worth keeping lies: rows of unfinished runs, and a lock.
+
+    :param output: the CSV file of finished runs
+    :return: folder beside it
+    """
+    return output.with_suffix(".partial")
+
+
+def partial_path(output: Path, key: RunKey) -> Path:
+    """
+    Where an unfinished run keeps its rows.
+
+    :param output: the CSV file of finished runs
+    :param key: the run
+    :return: path of the run's own CSV file
+    """
+    return partial_folder(output) / f"{key.file_name}.csv"
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """
+    Hold the lock under which the CSV file of finished runs and its settings file are rewritten.
+
+    :param output: the CSV file of finished runs
+    """
+    folder = partial_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read_all(output: Path) -> list[Row]:
+    """
+    Read finished and unfinished runs.
+
+    :param output: the CSV file of finished runs
+    :return: its rows, then those of unfinished runs that it does not hold
+    """
+    rows = read_rows(output)
+    finished = {key_of(row) for row in rows}
+    for path in sorted(partial_folder(output).glob("*.csv")):
+        rows += [row for row in read_rows(path) if key_of(row) not in finished]
+    return rows
+
+
+def merge_run(output: Path, key: RunKey, rows: list[Row]) -> None:
+    """
+    Move a finished run into the CSV file of finished runs.
+
+    Rows of the same algorithm, environment, seed and budget are replaced, whatever their settings and versions: by now the
+    user has said that they are to be redone.
+
+    :param output: the CSV file of finished runs
+    :param key: the run
+    :param rows: all its evaluations
+    """
+
+    def same_run(row: Row) -> bool:
+        return key_of(row)._replace(settings="") == key._replace(settings="")
+
+    with locked(output):
+        kept = [row for row in read_rows(output) if not same_run(row)]
+        replace_file(output, to_csv(kept + rows, header=True))
+
+
+def settings_path(output: Path) -> Path:
+    """
+    Where the meaning of the hashes in the ``settings`` column is kept.
+
+    :param output: the CSV file of finished runs
+    :return: path of a JSON file
+    """
+    return output.with_name(f"{output.stem}_settings.json")
+
+
+def remember_settings(output: Path, settings_hash: str, settings: Mapping[str, Any]) -> None:
+    """
+    Note what a hash in the ``settings`` column stands for.
+
+    :param output: the CSV file of finished runs
+    :param settings_hash: the hash
+    :param settings: the full settings
+    """
+    path = settings_path(output)
+    with locked(output):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if settings_hash not in known:
+            known[settings_hash] = settings
+            replace_file(path, json.dumps(known, indent=1, sort_keys=True) + "\n")

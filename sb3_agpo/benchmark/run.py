@@ -1,0 +1,349 @@
+"""One run of the learning benchmark: an algorithm on a task with a seed, evaluated as it learns."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_agpo.benchmark import records
+from sb3_agpo.benchmark.algorithms import AlgorithmSpec, find_algorithm
+from sb3_agpo.benchmark.records import RunKey
+
+EVALUATION_SEED = 1_000_000  # far from the seeds of training environments, which count up from the run's seed
+EVALUATION_EPISODES = 5
+FINAL_EPISODES = 10
+RANDOM_EPISODES = 20
+
+EXIT_FAILED = 1
+EXIT_BUSY = 75  # another process is at the same run (the value of os.EX_TEMPFAIL)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """
+    A run to be done; small enough to be sent to another process.
+
+    :param key: algorithm column, environment, seed, settings and budget
+    :param base: name of the algorithm that ``overrides`` change
+    :param output: CSV file of finished runs
+    :param eval_every: environment steps between evaluations
+    :param threads: torch threads
+    :param n_envs: number of training environments; None: the algorithm's own
+    :param overrides: constructor arguments to change
+    :param models: folder to save models to; None: do not
+    :param save_at: environment steps at which to save; empty: at the end
+    """
+
+    key: RunKey
+    base: str
+    output: Path
+    eval_every: int
+    threads: int = 1
+    n_envs: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    models: Path | None = None
+    save_at: tuple[int, ...] = ()
+
+
+class LearningClock:
+    """
+    Wall-clock and processor time spent in learning, evaluations left out.
+
+    :param env: training environments; processes of theirs count as processor time too
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        self._processes = [process.pid for process in getattr(env, "processes", [])]
+        self._seconds = self._cpu_seconds = 0.0
+        self._started: tuple[float, float] | None = None
+
+    def _now(self) -> tuple[float, float]:
+        cpu_seconds = time.process_time()
+        for process in self._processes:
+            try:
+                # User and system time, the 14th and 15th field; the second one, the name, may contain spaces.
+                fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+                cpu_seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            except OSError:
+                pass  # no /proc on this system: only this process counts
+        return time.perf_counter(), cpu_seconds
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._started = self._now()
+
+    def stop(self) -> None:
+        """Stop counting, if it was started."""
+        if self._started is not None:
+            seconds, cpu_seconds = self._now()
+            self._seconds += seconds - self._started[0]
+            self._cpu_seconds += cpu_seconds - self._started[1]
+            self._started = None
+
+    def read(self) -> tuple[float, float]:
+        """
+        Time counted so far; only while stopped.
+
+        :return: wall-clock seconds, processor seconds
+        """
+        return self._seconds, self._cpu_seconds
+
+
+class Evaluator:
+    """
+    Plays episodes from the same initial states for every algorithm.
+
+    :param env: Gymnasium's name of the task
+    """
+
+    def __init__(self, env: str) -> None:
+        self._name = env
+        self._envs: list[gym.Env[Any, Any]] = []
+
+    def play(self, choose: Callable[[np.ndarray], np.ndarray], episodes: int) -> list[float]:
+        """
+        Play episodes side by side.
+
+        :param choose: actions ``(n, n_actions)`` of observations ``(n, n_observations)``
+        :param episodes: number of episodes; the i-th always begins in the same state
+        :return: undiscounted return of each
+        """
+        while len(self._envs) < episodes:
+            self._envs.append(gym.make(self._name))
+        observations = np.stack([env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(self._envs[:episodes])])
+        returns = np.zeros(episodes)
+        active = np.arange(episodes)
+        while len(active):
+            actions = choose(observations[active])
+            ended = np.zeros(len(active), dtype=bool)
+            for i, (index, action) in enumerate(zip(active, actions, strict=True)):
+                observations[index], reward, terminated, truncated, _ = self._envs[index].step(action)
+                returns[index] += float(reward)
+                ended[i] = terminated or truncated
+            active = active[~ended]
+        return returns.tolist()
+
+    def play_model(self, model: BaseAlgorithm, episodes: int) -> list[float]:
+        """
+        Play with a model's deterministic policy.
+
+        :param model: the model
+        :param episodes: number of episodes
+        :return: undiscounted return of each
+        """
+        normalize = model.get_vec_normalize_env()
+
+        def choose(observations: np.ndarray) -> np.ndarray:
+            normalized = observations if normalize is None else np.asarray(normalize.normalize_obs(observations))
+            return model.predict(normalized, deterministic=True)[0]
+
+        return self.play(choose, episodes)
+
+    def play_random(self, seed: int, episodes: int) -> list[float]:
+        """
+        Play with uniformly random actions.
+
+        :param seed: seed of the actions
+        :param episodes: number of episodes
+        :return: undiscounted return of each
+        """
+        space = gym.make(self._name).action_space
+        space.seed(seed)
+        return self.play(lambda observations: np.stack([space.sample() for _ in observations]), episodes)
+
+
+class EvaluationCallback(BaseCallback):
+    """
+    Evaluates at regular steps and at the end, and saves models.
+
+    :param plan: the run
+    :param record: called with the numbers of each evaluation, by column
+    :param clock: stopped while evaluating and saving
+    """
+
+    def __init__(self, plan: RunPlan, record: Callable[[dict[str, Any]], None], clock: LearningClock) -> None:
+        super().__init__()
+        self.plan = plan
+        self.record = record
+        self.clock = clock
+        self.evaluator = Evaluator(plan.key.env)
+        self.next_evaluation = plan.eval_every
+        self.to_save = sorted(plan.save_at or (plan.key.budget,)) if plan.models else []
+        self.parent_process = os.getppid()
+        self.orphaned = False
+
+    def _on_training_start(self) -> None:
+        self.clock.start()
+
+    def _on_step(self) -> bool:
+        # Whoever kills the benchmark wants its runs to end too, and a new benchmark must be able to redo them.
+        self.orphaned = os.getppid() != self.parent_process
+        # At the budget's last step the learning is not over yet: on_training_end evaluates what came of it.
+        if self.next_evaluation <= self.num_timesteps < self.plan.key.budget:
+            while self.next_evaluation <= self.num_timesteps:
+                self.next_evaluation += self.plan.eval_every
+            self._evaluate(EVALUATION_EPISODES)
+        if self.to_save and self.to_save[0] <= self.num_timesteps < self.plan.key.budget:
+            self._save()
+        return not self.orphaned
+
+    def _on_training_end(self) -> None:
+        if self.orphaned:
+            raise RuntimeError("the process that started this run is gone")
+        self._evaluate(FINAL_EPISODES)
+        self._save()
+        self.clock.stop()
+
+    def _evaluate(self, episodes: int) -> None:
+        self.clock.stop()
+        returns = self.evaluator.play_model(self.model, episodes)
+        seconds, cpu_seconds = self.clock.read()
+        self.record(
+            {
+                "steps": self.num_timesteps,
+                # Finite-difference rows, of which each one is one simulated environment step.
+                "simulator_calls": self.num_timesteps + int(getattr(self.model, "simulator_calls", 0)),
+                "seconds": round(seconds, 3),
+                "cpu_seconds": round(cpu_seconds, 3),
+                **_summary(returns),
+            }
+        )
+        self.clock.start()
+
+    def _save(self) -> None:
+        self.clock.stop()
+        while self.to_save and self.to_save[0] <= self.num_timesteps:
+            assert self.plan.models is not None
+            key = self.plan.key
+            self.plan.models.mkdir(parents=True, exist_ok=True)
+            self.model.save(self.plan.models / f"{key.algorithm}-{key.env}-{key.seed}-{self.to_save.pop(0)}.zip")
+        self.clock.start()
+
+
+def _summary(returns: list[float]) -> dict[str, Any]:
+    """
+    Summarise an evaluation.
+
+    :param returns: return of each episode
+    :return: by column
+    """
+    return {
+        "return": round(float(np.mean(returns)), 4),
+        "return_std": round(float(np.std(returns)), 4),
+        "episodes": len(returns),
+    }
+
+
+def learn(plan: RunPlan, spec: AlgorithmSpec, record: Callable[[dict[str, Any]], None]) -> None:
+    """
+    Do the learning of a run.
+
+    :param plan: the run
+    :param spec: its algorithm
+    :param record: called with the numbers of each evaluation, by column
+    """
+    if spec.algorithm is None:
+        returns = Evaluator(plan.key.env).play_random(plan.key.seed, RANDOM_EPISODES)
+        record({"steps": 0, "simulator_calls": 0, "seconds": 0.0, "cpu_seconds": 0.0, **_summary(returns)})
+        return
+    env = make_vec_env(plan.key.env, n_envs=spec.n_envs, seed=plan.key.seed)
+    model = spec.algorithm(env=env, seed=plan.key.seed, **spec.kwargs)
+    model.learn(plan.key.budget, callback=EvaluationCallback(plan, record, LearningClock(env)))
+    env.close()
+
+
+def execute(plan: RunPlan, spec: AlgorithmSpec, file: Any, notify: Callable[[records.Row], None]) -> None:
+    """
+    Do a run, keep its rows in its own file as they come, move them to the main file at the end.
+
+    :param plan: the run
+    :param spec: its algorithm
+    :param file: the run's own file, open for writing, held exclusively
+    :param notify: called with every row
+    """
+    constants: dict[str, Any] = {
+        **plan.key._asdict(),
+        **records.versions(),
+        "n_envs": spec.n_envs,
+        "threads": plan.threads,
+        "git_commit": records.git_commit(),
+        "eval_every": plan.eval_every,
+        "machine": records.machine(),
+    }
+    rows: list[records.Row] = []
+    # Only now are the rows of an earlier, unfinished attempt given up.
+    file.truncate(0)
+
+    def record(numbers: dict[str, Any]) -> None:
+        row = {column: str((constants | numbers)[column]) for column in records.COLUMNS}
+        file.write(records.to_csv([row], header=not rows))
+        file.flush()
+        rows.append(row)
+        notify(row)
+
+    records.remember_settings(plan.output, plan.key.settings, spec.settings())
+    learn(plan, spec, record)
+    records.merge_run(plan.output, plan.key, rows)
+    records.partial_path(plan.output, plan.key).unlink()
+
+
+def show_warnings_once() -> None:
+    """Show each of MuJoCo's warnings once: by default every copy of a task repeats it, and a log file grows in this folder."""
+    shown: set[str] = set()
+
+    def show(text: str) -> None:
+        if text not in shown:
+            shown.add(text)
+            print(f"MuJoCo warns: {text.strip()}", file=sys.stderr, flush=True)
+
+    mujoco.set_mju_user_warning(show)
+
+
+def child(plan: RunPlan, connection: Connection) -> None:
+    """
+    Do a run in a process of its own; ends the process.
+
+    :param plan: the run
+    :param connection: takes every row as a dictionary, and the traceback of a failure as a string
+    """
+    try:
+        show_warnings_once()
+        torch.set_num_threads(plan.threads)
+        spec = find_algorithm(plan.base, plan.n_envs, plan.overrides)
+        if spec.settings_hash() != plan.key.settings:
+            raise RuntimeError(
+                "the algorithm's settings in the code were changed after the benchmark was started; start it again"
+            )
+        path = records.partial_path(plan.output, plan.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(EXIT_BUSY) from None
+            if not path.exists():
+                raise SystemExit(EXIT_BUSY)  # another process finished the run between the opening and the locking
+            execute(plan, spec, file, connection.send)
+    except Exception:
+        try:
+            connection.send(traceback.format_exc())
+        except OSError:
+            pass  # nobody is left to tell
+        raise SystemExit(EXIT_FAILED) from None

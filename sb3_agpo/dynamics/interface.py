@@ -1,0 +1,97 @@
+"""
+What AGPO knows of a simulator: the derivatives of one environment step.
+
+Notation (the whole package uses it): simulator state ``x`` in tangent coordinates (``ndx`` numbers, ``2 nv + na`` for
+MuJoCo), action ``a`` in [-1, 1] as the policy emits it (``nu``), observation ``o`` (``nobs``), reward ``r``. A prime,
+``next_`` in code, marks the value after the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class TransitionDerivatives(NamedTuple):
+    """
+    Derivatives of a batch of ``n`` environment steps, with the values they were taken at.
+
+    All derivatives are total derivatives of one whole environment step (every physics step of ``frame_skip`` included),
+    relative to the action in [-1, 1]. All arrays are float64 except ``terminated`` and ``valid`` (bool).
+
+    ``O_x`` and ``O_a`` are the derivatives of the next observation through the step. Where the observation is a function
+    of the state alone they equal ``next_C @ A`` and ``next_C @ B``; they are also right where it is not (contact forces
+    and other quantities that MuJoCo left behind during the step), and there the rows of ``C`` and ``next_C`` are zero:
+    such a quantity is a memory of the step that wrote it, not a function of the state.
+    """
+
+    A: Array  # (n, ndx, ndx)  dx'/dx
+    B: Array  # (n, ndx, nu)   dx'/da
+    C: Array  # (n, nobs, ndx) do/dx
+    next_C: Array  # (n, nobs, ndx) do'/dx'
+    O_x: Array  # (n, nobs, ndx) do'/dx
+    O_a: Array  # (n, nobs, nu)  do'/da
+    r_x: Array  # (n, ndx) dr/dx
+    r_a: Array  # (n, nu)  dr/da
+    next_state: Array  # (n, nx) full state after the step, in the simulator's own coordinates
+    next_obs: Array  # (n, nobs)
+    reward: Array  # (n,)
+    terminated: NDArray[np.bool_]  # (n,)
+    valid: NDArray[np.bool_]  # (n,) False: non-finite or exploding, all derivatives of the row are zero
+
+    def take(self, index: NDArray[np.int64] | slice) -> TransitionDerivatives:
+        """
+        Select transitions.
+
+        :param index: indices or slice into the batch axis
+        :return: the selected transitions
+        """
+        return TransitionDerivatives(*(field[index] for field in self))
+
+
+def concatenate(parts: Sequence[TransitionDerivatives]) -> TransitionDerivatives:
+    """
+    Join batches along the batch axis.
+
+    :param parts: batches of the same simulator, at least one
+    :return: one batch, in the given order
+    """
+    return TransitionDerivatives(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+@runtime_checkable
+class DifferentiableDynamics(Protocol):
+    """
+    A source of exact or approximate derivatives of an environment step.
+
+    An environment whose ``unwrapped`` object has these members offers exact derivatives, and AGPO uses them before
+    anything else; the MuJoCo providers of this package have the same members.
+
+    The *state* is a flat float64 vector which, together with an action, determines the next step completely.
+    """
+
+    state_size: int  # nx, length of the flat state
+    tangent_size: int  # ndx, length of a tangent vector at the state
+
+    def get_state(self) -> Array:
+        """
+        Read the live environment's state, without changing anything.
+
+        :return: flat state, shape ``(nx,)``
+        """
+        ...
+
+    def differentiate(self, states: Array, actions: Array) -> TransitionDerivatives:
+        """
+        Differentiate one environment step at each of ``n`` states; the live environment is not touched.
+
+        :param states: flat states, shape ``(n, nx)``
+        :param actions: environment actions (in the units of the unwrapped environment's action space), shape ``(n, nu)``
+        :return: derivatives relative to *these* actions; rescaling to [-1, 1] is done by the caller
+        """
+        ...

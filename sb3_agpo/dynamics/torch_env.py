@@ -1,0 +1,711 @@
+"""
+Environments written in torch: exact derivatives of a step by automatic differentiation (``torch.func``).
+
+:class:`TorchEnv` is the base class for own environments. The three environments of this module serve as examples and as
+ground truth: one with a known optimum, one equal to Gymnasium's Pendulum-v1 and one whose derivatives are rough.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+from torch.func import jacrev, vmap
+
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives
+
+# Networks compute in float32: what overflows there is as useless to them as an infinity
+LARGEST_FINITE = float(np.finfo(np.float32).max)
+
+
+class Outcome(NamedTuple):
+    """Values of one step, the observation in the dtype of the observation space."""
+
+    next_state: Array  # (nx,)
+    obs: NDArray[np.floating]  # (nobs,)
+    reward: float
+    terminated: bool
+
+
+class TorchEnv(gym.Env[Any, Any], ABC):
+    """
+    Base class of environments written in torch, a :class:`~sb3_agpo.dynamics.interface.DifferentiableDynamics`.
+
+    A subclass writes pure functions of single, unbatched float64 tensors: :meth:`dynamics`, :meth:`observation`,
+    :meth:`reward`, and if needed :meth:`terminated`; and draws the start of an episode in :meth:`initial_state`. The
+    functions are vectorised with ``torch.func.vmap`` and differentiated with ``torch.func.jacrev``, hence
+
+    - no Python ``if`` on values, no ``.item()``, no NumPy: use ``torch.where``, ``torch.clamp``;
+    - no in-place changes of the arguments and no random numbers: noise belongs into the state, see :meth:`draw_noise`;
+    - constants in float64: ``torch.tensor(..., dtype=state.dtype)``;
+    - where a kink makes the derivative infinite or NaN (``sqrt`` or ``norm`` at zero), the transition is marked invalid.
+
+    States are flat vectors, so tangent coordinates are the state's own. Episodes have no time limit: use
+    ``gymnasium.wrappers.TimeLimit`` or ``max_episode_steps``.
+
+    :param state_size: length ``nx`` of the flat state
+    :param observation_space: one-dimensional floating-point box. With float32, ``step`` and :meth:`differentiate` round
+        observations alike
+    :param action_space: one-dimensional floating-point box; derivatives are relative to actions in its units. Actions
+        outside it are handed to :meth:`dynamics` as they are
+    :raises ValueError: if the size or a space does not fit
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - the type of gymnasium.Env
+
+    #: many states can be differentiated at once, after the environment has moved on
+    deferred = True
+
+    def __init__(self, state_size: int, observation_space: spaces.Box, action_space: spaces.Box) -> None:
+        if state_size < 1:
+            raise ValueError(f"`state_size` must be at least 1, got {state_size!r}")
+        for name, space in (("observation_space", observation_space), ("action_space", action_space)):
+            if not isinstance(space, spaces.Box) or len(space.shape) != 1 or not np.issubdtype(space.dtype, np.floating):
+                raise ValueError(f"`{name}` must be a one-dimensional floating-point `Box`, got {space}")
+        self.observation_space, self.action_space = observation_space, action_space
+        self.state_size = self.tangent_size = state_size
+        self.observation_size, self.action_size = observation_space.shape[0], action_space.shape[0]
+        self._state: Array | None = None
+
+    @abstractmethod
+    def dynamics(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        Move one environment step on.
+
+        :param state: shape ``(nx,)``, float64
+        :param action: shape ``(nu,)``, float64, in the units of the action space
+        :return: next state, shape ``(nx,)``, float64
+        """
+
+    @abstractmethod
+    def observation(self, state: th.Tensor) -> th.Tensor:
+        """
+        Observe a state.
+
+        :param state: shape ``(nx,)``, float64
+        :return: observation, shape ``(nobs,)``, float64
+        """
+
+    @abstractmethod
+    def reward(self, state: th.Tensor, action: th.Tensor, next_state: th.Tensor) -> th.Tensor:
+        """
+        Reward of one step.
+
+        :param state: state before the step, shape ``(nx,)``, float64
+        :param action: shape ``(nu,)``, float64
+        :param next_state: state after the step, shape ``(nx,)``, float64
+        :return: scalar, shape ``()``, float64
+        """
+
+    @abstractmethod
+    def initial_state(self, generator: np.random.Generator) -> Array:
+        """
+        Draw the first state of an episode.
+
+        :param generator: the environment's seeded source of random numbers
+        :return: shape ``(nx,)``
+        """
+
+    def terminated(self, next_state: th.Tensor) -> th.Tensor:
+        """
+        Whether the episode ends with this state, other than by a time limit. Never, unless overridden.
+
+        :param next_state: state after the step, shape ``(nx,)``, float64
+        :return: scalar, shape ``()``, bool
+        """
+        return th.zeros((), dtype=th.bool)
+
+    def draw_noise(self, state: Array, generator: np.random.Generator) -> Array:
+        """
+        Fill in the part of a state which holds the random numbers that the *next* step will use.
+
+        Called after reset and after every step, outside the differentiated functions. A state so completed determines
+        the next step, which is what derivatives along the step taken need. Nothing is drawn unless overridden;
+        observation, reward and termination must not depend on this part.
+
+        :param state: shape ``(nx,)``, may be changed
+        :param generator: the environment's seeded source of random numbers
+        :return: completed state, shape ``(nx,)``
+        """
+        return state
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.floating], dict[str, Any]]:
+        """
+        Start an episode.
+
+        :param seed: seed of the random numbers; None to go on with the present ones
+        :param options: ``{"state": array}`` starts at that state, shape ``(nx,)``, instead of a drawn one
+        :return: observation and an empty info
+        :raises ValueError: on any other option, or if the state has the wrong shape or is not finite
+        """
+        super().reset(seed=seed)
+        unknown = set(options or {}) - {"state"}
+        if unknown:
+            raise ValueError(f"`options` of `reset` knows the key 'state' only, got {sorted(unknown)}")
+        if options and "state" in options:
+            self.set_state(options["state"])
+        else:
+            state = check_array("initial_state", self.initial_state(self.np_random), (self.state_size,))
+            self._state = self.draw_noise(state, self.np_random)
+        return self._observe(self.get_state()), {}
+
+    def step(self, action: ArrayLike) -> tuple[NDArray[np.floating], float, bool, bool, dict[str, Any]]:
+        """
+        Take one step.
+
+        :param action: shape ``(nu,)``, in the units of the action space
+        :return: observation, reward, terminated, False (no time limit) and an empty info
+        :raises ValueError: if the action has the wrong shape or is not finite, or if the step leads out of the finite
+            numbers, which would poison everything learned from it; the environment then stays where it was
+        """
+        state, action = self.get_state(), check_array("action", action, (self.action_size,))
+        outcome = self._evaluate(state, action)
+        values = {"dynamics": outcome.next_state, "observation": outcome.obs, "reward": np.array(outcome.reward)}
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise ValueError(
+                    f"`{name}` returned {value} at state {state} and action {action}; bound the state, or let "
+                    "`terminated` end the episode before"
+                )
+        self._state = self.draw_noise(outcome.next_state, self.np_random)
+        return outcome.obs, outcome.reward, outcome.terminated, False, {}
+
+    def get_state(self) -> Array:
+        """
+        Read the live environment's state, without changing anything.
+
+        :return: flat state, a copy, shape ``(nx,)``
+        :raises gymnasium.error.ResetNeeded: if there is no state yet
+        """
+        if self._state is None:
+            raise gym.error.ResetNeeded("The environment has no state yet; call `reset` or `set_state` first")
+        return self._state.copy()
+
+    def set_state(self, state: ArrayLike) -> None:
+        """
+        Move the live environment to a state.
+
+        :param state: flat state, shape ``(nx,)``
+        :raises ValueError: if the shape is wrong or a value is not finite
+        """
+        self._state = check_array("state", state, (self.state_size,))
+
+    def differentiate(self, states: ArrayLike, actions: ArrayLike) -> TransitionDerivatives:
+        """
+        Differentiate one environment step at each of ``n`` states; the live environment is not touched.
+
+        :param states: flat states, shape ``(n, nx)``
+        :param actions: actions as given to :meth:`step`, shape ``(n, nu)``
+        :return: exact derivatives relative to ``actions``. The values equal those of :meth:`step` bit for bit, except that
+            the noise of the step after (:meth:`draw_noise`) is not in ``next_state``. Rows with a value or a derivative
+            that is not finite in float32 have ``valid`` False and zero derivatives
+        :raises ValueError: if a shape is wrong or a given value is not finite
+        """
+        states = check_array("states", states, (-1, self.state_size))
+        actions = check_array("actions", actions, (len(states), self.action_size))
+        if len(states) == 0:  # not every operation can be vectorised over no rows
+            return self.differentiate(np.zeros((1, self.state_size)), np.zeros((1, self.action_size))).take(slice(0))
+        # One by one: batched kernels round differently, and these are to be the values that `step` returned
+        outcomes = [self._evaluate(state, action) for state, action in zip(states, actions, strict=True)]
+        next_states = np.array([outcome.next_state for outcome in outcomes])
+        A, B, r_x, r_a = self._transition_jacobians(states, actions)
+        C, next_C = np.split(self._observation_jacobian(np.concatenate([states, next_states])), 2)
+        with np.errstate(invalid="ignore", over="ignore"):  # `discard_not_finite` sees to that
+            O_x, O_a = next_C @ A, next_C @ B
+        derivatives = TransitionDerivatives(
+            A=A,
+            B=B,
+            C=C,
+            next_C=next_C,
+            O_x=O_x,
+            O_a=O_a,
+            r_x=r_x,
+            r_a=r_a,
+            next_state=next_states,
+            next_obs=np.array([outcome.obs for outcome in outcomes], dtype=np.float64),
+            reward=np.array([outcome.reward for outcome in outcomes], dtype=np.float64),
+            terminated=np.array([outcome.terminated for outcome in outcomes], dtype=np.bool_),
+            valid=np.ones(len(states), dtype=np.bool_),
+        )
+        return discard_not_finite(derivatives)
+
+    def _evaluate(self, state: Array, action: Array) -> Outcome:
+        """Values of one step from ``state`` ``(nx,)`` with ``action`` ``(nu,)``."""
+        with th.no_grad():
+            state_, action_ = th.tensor(state), th.tensor(action)
+            next_state = check_output("dynamics", self.dynamics(state_, action_), (self.state_size,))
+            reward = check_output("reward", self.reward(state_, action_, next_state), ())
+            terminated = bool(self.terminated(next_state))
+        next_state_ = next_state.numpy().copy()  # a copy, should the function have returned a tensor that it keeps
+        return Outcome(next_state_, self._observe(next_state_), float(reward), terminated)
+
+    def _observe(self, state: Array) -> NDArray[np.floating]:
+        """Observation of ``state`` ``(nx,)``, in the dtype of the observation space."""
+        with th.no_grad():
+            obs = check_output("observation", self.observation(th.tensor(state)), (self.observation_size,))
+        with np.errstate(over="ignore"):  # an infinity is reported where it matters
+            return obs.numpy().astype(self.observation_space.dtype)
+
+    def _transition_jacobians(self, states: Array, actions: Array) -> tuple[Array, Array, Array, Array]:
+        """A ``(n, nx, nx)``, B ``(n, nx, nu)``, r_x ``(n, nx)`` and r_a ``(n, nu)``; next state and reward in one pass."""
+
+        def transition(state: th.Tensor, action: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+            next_state = self.dynamics(state, action)
+            return next_state, self.reward(state, action, next_state)
+
+        # Reverse mode covers more operations than forward mode, and states are too short for their speeds to differ
+        jacobians = vmap(jacrev(transition, argnums=(0, 1)))(th.tensor(states), th.tensor(actions))
+        (A, B), (r_x, r_a) = jacobians
+        return to_numpy(A), to_numpy(B), to_numpy(r_x), to_numpy(r_a)
+
+    def _observation_jacobian(self, states: Array) -> Array:
+        """Jacobian of the observation ``(n, nobs, nx)`` at ``states`` ``(n, nx)``."""
+        return to_numpy(vmap(jacrev(self.observation))(th.tensor(states)))
+
+
+def to_numpy(tensor: th.Tensor) -> Array:
+    """
+    Copy a tensor to an array of its own, so that it can be changed.
+
+    :param tensor: any shape, float64
+    :return: same shape, float64
+    """
+    return tensor.detach().numpy().copy()
+
+
+def check_array(name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """
+    Copy a user's array to float64 and check it.
+
+    :param name: what to call it in the error
+    :param value: the array
+    :param shape: expected shape, -1 for any length
+    :return: the copy
+    :raises ValueError: if the shape is wrong or a value is not finite
+    """
+    array = np.array(value, dtype=np.float64)
+    if array.ndim != len(shape) or any(given not in (-1, size) for given, size in zip(shape, array.shape, strict=True)):
+        expected = str(shape).replace("-1", "n")
+        raise ValueError(f"`{name}` must have the shape {expected}, got {array.shape}")
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise ValueError(f"`{name}` must be finite, the entry at {where} is {array[tuple(where)]}; leave out diverged values")
+    return array
+
+
+def check_output(name: str, value: th.Tensor, shape: tuple[int, ...]) -> th.Tensor:
+    """
+    Check what a function of a subclass returned.
+
+    :param name: name of the function
+    :param value: what it returned
+    :param shape: expected shape
+    :return: ``value``
+    :raises ValueError: if it is no float64 tensor of that shape
+    """
+    if not isinstance(value, th.Tensor):
+        raise ValueError(f"`{name}` must return a torch tensor, got {type(value).__name__}")
+    if value.shape != shape:
+        raise ValueError(f"`{name}` must return a tensor of the shape {shape}, got {tuple(value.shape)}")
+    if value.dtype != th.float64:
+        raise ValueError(
+            f"`{name}` must return float64, got {value.dtype}; build constants with `dtype=state.dtype` and do not convert"
+        )
+    return value
+
+
+def discard_not_finite(derivatives: TransitionDerivatives) -> TransitionDerivatives:
+    """
+    Zero the derivatives of transitions in which anything is not finite in float32, and mark them.
+
+    :param derivatives: a batch, its derivatives are changed in place
+    :return: the batch with ``valid`` updated
+    """
+    d = derivatives
+    jacobians = (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a)
+    valid = d.valid.copy()
+    for field in (*jacobians, d.next_state, d.next_obs, d.reward):
+        valid &= (np.abs(field) <= LARGEST_FINITE).all(axis=tuple(range(1, field.ndim)))  # False for NaN
+    for field in jacobians:
+        field[~valid] = 0.0
+    return d._replace(valid=valid)
+
+
+def check_linear_quadratic(A: ArrayLike, B: ArrayLike, Q: ArrayLike, R: ArrayLike) -> tuple[Array, Array, Array, Array]:
+    """
+    Copy the matrices of a linear quadratic problem to float64 and check them.
+
+    :param A: shape ``(n, n)``
+    :param B: shape ``(n, nu)``
+    :param Q: symmetric positive semidefinite, shape ``(n, n)``
+    :param R: symmetric positive definite, shape ``(nu, nu)``
+    :return: the copies, in the same order
+    :raises ValueError: naming the matrix whose shape, symmetry or definiteness is wrong
+    """
+    n = len(check_array("A", A, (-1, -1)))
+    A, B = check_array("A", A, (n, n)), check_array("B", B, (n, -1))
+    if B.size == 0:
+        raise ValueError(f"`B` must have at least one row and one column, got the shape {B.shape}")
+    Q, R = check_array("Q", Q, (n, n)), check_array("R", R, (B.shape[1], B.shape[1]))
+    if not np.array_equal(Q, Q.T) or np.linalg.eigvalsh(Q).min() < -1e-12 * np.abs(Q).max():  # up to rounding
+        raise ValueError(f"`Q` must be symmetric and positive semidefinite, got {Q.tolist()}; try the identity")
+    if not np.array_equal(R, R.T) or np.linalg.eigvalsh(R).min() <= 0.0:
+        raise ValueError(f"`R` must be symmetric and positive definite, got {R.tolist()}; try the identity")
+    return A, B, Q, R
+
+
+def riccati_gain(
+    A: ArrayLike,
+    B: ArrayLike,
+    Q: ArrayLike,
+    R: ArrayLike,
+    gamma: float = 1.0,
+    *,
+    tolerance: float = 1e-13,
+    max_iterations: int = 100_000,
+) -> tuple[Array, Array]:
+    """
+    Optimal linear feedback for ``x' = A x + B a`` and the cost ``sum_t gamma^t (x'Qx + a'Ra)``.
+
+    Value iteration on the discrete algebraic Riccati equation ``P = Q + gamma A'P (A - B K)``; source: D. P. Bertsekas,
+    *Dynamic Programming and Optimal Control*, vol. I, linear quadratic problems.
+
+    :param A: shape ``(n, n)``
+    :param B: shape ``(n, nu)``
+    :param Q: symmetric positive semidefinite, shape ``(n, n)``
+    :param R: symmetric positive definite, shape ``(nu, nu)``
+    :param gamma: discount, in (0, 1]
+    :param tolerance: largest change of P in the last iteration, relative to P
+    :param max_iterations: iterations after which to give up
+    :return: gain ``K`` of the optimal action ``a = -K x``, shape ``(nu, n)``, and value matrix ``P`` of the optimal cost
+        ``x'Px``, shape ``(n, n)``
+    :raises ValueError: if an argument is wrong, or if P does not converge, i.e. the cost cannot be kept finite
+    """
+    A, B, Q, R = check_linear_quadratic(A, B, Q, R)
+    if not 0.0 < gamma <= 1.0:
+        raise ValueError(f"`gamma` must be in (0, 1], got {gamma!r}")
+    P = Q
+    for _ in range(max_iterations):
+        K = np.linalg.solve(R / gamma + B.T @ P @ B, B.T @ P @ A).astype(np.float64)  # the cast is for the type only
+        next_P = Q + gamma * A.T @ P @ (A - B @ K)
+        next_P = 0.5 * (next_P + next_P.T)  # rounding must not build up an asymmetric part
+        size = np.abs(next_P).max()
+        if size > LARGEST_FINITE:
+            break
+        if np.abs(next_P - P).max() <= tolerance * size:
+            return K, next_P
+        P = next_P
+    raise ValueError("`P` does not converge: `A`, `B` cannot be stabilised, or `gamma` is too large; lower `gamma`")
+
+
+class LinearQuadraticEnv(TorchEnv):
+    """
+    Linear dynamics ``x' = A x + B a + w``, quadratic reward ``-reward_scale (x'Qx + a'Ra)``, observation ``C x``.
+
+    Everything is known in closed form: the derivatives and, by :meth:`optimal_gain`, the optimal policy. Actions are
+    not clipped, so the optimum holds as long as it stays inside the action space, as it does with the default values: a
+    mass of 1 kg pushed along a line, position in m, velocity in m/s, force in N, 0.1 s per step.
+
+    With noise, the state is ``(x, w)``, the noise of the coming step included (see :meth:`TorchEnv.draw_noise`).
+
+    :param A: shape ``(n, n)``
+    :param B: shape ``(n, nu)``
+    :param Q: symmetric positive semidefinite, shape ``(n, n)``
+    :param R: symmetric positive definite, shape ``(nu, nu)``
+    :param observation_matrix: C, shape ``(nobs, n)``; None to observe x
+    :param reward_scale: positive factor of the reward
+    :param noise_std: standard deviation of each entry of the process noise w
+    :param initial_scale: episodes start uniformly in ``[-initial_scale, initial_scale]^n``
+    :param action_limit: the action space is ``[-action_limit, action_limit]^nu``
+    :raises ValueError: if the shape, symmetry, definiteness or sign of a parameter is wrong
+    """
+
+    def __init__(
+        self,
+        A: ArrayLike = ((1.0, 0.1), (0.0, 1.0)),
+        B: ArrayLike = ((0.005,), (0.1,)),
+        Q: ArrayLike = ((1.0, 0.0), (0.0, 0.1)),
+        R: ArrayLike = ((0.1,),),
+        observation_matrix: ArrayLike | None = None,
+        *,
+        reward_scale: float = 1.0,
+        noise_std: float = 0.0,
+        initial_scale: float = 0.15,
+        action_limit: float = 1.0,
+    ) -> None:
+        self.A, self.B, self.Q, self.R = check_linear_quadratic(A, B, Q, R)
+        n, nu = self.B.shape
+        self.C = np.eye(n) if observation_matrix is None else check_array("observation_matrix", observation_matrix, (-1, n))
+        for name, value in (("reward_scale", reward_scale), ("action_limit", action_limit)):
+            if not (np.isfinite(value) and value > 0.0):
+                raise ValueError(f"`{name}` must be a positive finite number, got {value!r}")
+        for name, value in (("noise_std", noise_std), ("initial_scale", initial_scale)):
+            if not (np.isfinite(value) and value >= 0.0):
+                raise ValueError(f"`{name}` must be a finite number, zero or more, got {value!r}")
+        self.reward_scale, self.noise_std, self.initial_scale = reward_scale, noise_std, initial_scale
+        # As tensors, once: the functions are called at every step
+        self._A, self._B, self._C, self._Q, self._R = map(th.tensor, (self.A, self.B, self.C, self.Q, self.R))
+        super().__init__(
+            state_size=2 * n if noise_std > 0.0 else n,
+            observation_space=spaces.Box(-np.inf, np.inf, (len(self.C),), np.float64),
+            action_space=spaces.Box(-action_limit, action_limit, (nu,), np.float32),
+        )
+
+    def dynamics(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        Move one step on.
+
+        :param state: ``x`` or ``(x, w)``
+        :param action: shape ``(nu,)``
+        :return: ``x'`` or ``(x', 0)``: the noise of the step after is drawn later
+        """
+        n = len(self._A)
+        next_x = self._A @ state[:n] + self._B @ action
+        if self.noise_std == 0.0:
+            return next_x
+        return th.cat([next_x + state[n:], th.zeros_like(state[n:])])
+
+    def observation(self, state: th.Tensor) -> th.Tensor:
+        """
+        Observe a state.
+
+        :param state: ``x`` or ``(x, w)``
+        :return: ``C x``
+        """
+        return self._C @ state[: len(self._A)]
+
+    def reward(self, state: th.Tensor, action: th.Tensor, next_state: th.Tensor) -> th.Tensor:
+        """
+        Reward of one step.
+
+        :param state: ``x`` or ``(x, w)`` before the step
+        :param action: shape ``(nu,)``
+        :param next_state: not used
+        :return: ``-reward_scale (x'Qx + a'Ra)``
+        """
+        x = state[: len(self._A)]
+        return -self.reward_scale * (x @ self._Q @ x + action @ self._R @ action)
+
+    def initial_state(self, generator: np.random.Generator) -> Array:
+        """
+        Draw the first state of an episode.
+
+        :param generator: source of random numbers
+        :return: shape ``(nx,)``
+        """
+        state = np.zeros(self.state_size)
+        state[: len(self.A)] = generator.uniform(-self.initial_scale, self.initial_scale, len(self.A))
+        return state
+
+    def draw_noise(self, state: Array, generator: np.random.Generator) -> Array:
+        """
+        Draw the noise of the coming step.
+
+        :param state: ``x`` or ``(x, w)``
+        :param generator: source of random numbers
+        :return: the state with ``w`` filled in
+        """
+        if self.noise_std > 0.0:
+            state[len(self.A) :] = generator.normal(0.0, self.noise_std, len(self.A))
+        return state
+
+    def optimal_gain(self, gamma: float) -> tuple[Array, Array]:
+        """
+        The optimal policy.
+
+        :param gamma: discount, in (0, 1]
+        :return: K and P as :func:`riccati_gain` returns them; P without ``reward_scale``
+        """
+        return riccati_gain(self.A, self.B, self.Q, self.R, gamma)
+
+    def optimal_return(self, states: ArrayLike, gamma: float) -> Array:
+        """
+        Expected discounted return of the optimal policy over infinite time, noise not yet known.
+
+        :param states: shape ``(n, nx)``
+        :param gamma: discount, in (0, 1), or 1 without noise
+        :return: ``-reward_scale (x'Px + gamma noise_std^2 trace(P) / (1 - gamma))``, shape ``(n,)``
+        :raises ValueError: if the return is infinite
+        """
+        if self.noise_std > 0.0 and gamma >= 1.0:
+            raise ValueError(f"`gamma` must be less than 1 with noise, got {gamma!r}: the return is infinite")
+        x = check_array("states", states, (-1, self.state_size))[:, : len(self.A)]
+        _, P = self.optimal_gain(gamma)
+        noise_cost = gamma * self.noise_std**2 * np.trace(P) / (1.0 - gamma) if self.noise_std > 0.0 else 0.0
+        return -self.reward_scale * (np.einsum("ni,ij,nj->n", x, P, x) + noise_cost)
+
+
+class TorchPendulum(TorchEnv):
+    """
+    Swing-up of a pendulum, equal to Gymnasium's Pendulum-v1 in spaces, dynamics, reward and start (without rendering).
+
+    State: angle in rad, 0 upright, not wrapped; angular velocity in rad/s. Action: torque in N m, clipped to 2. Beyond
+    the limits of torque and speed derivatives are zero, at the limits they are those of the inside.
+
+    Source: ``gymnasium.envs.classic_control.pendulum``, MIT licence.
+
+    :param g: acceleration of gravity, in m/s^2
+    :raises ValueError: if g is not finite
+    """
+
+    MAX_SPEED = 8.0  # rad/s
+    MAX_TORQUE = 2.0  # N m
+    TIME_STEP = 0.05  # s
+    MASS = 1.0  # kg
+    LENGTH = 1.0  # m
+
+    def __init__(self, g: float = 10.0) -> None:
+        self.g = float(check_array("g", g, ()))
+        high = np.array([1.0, 1.0, self.MAX_SPEED], dtype=np.float32)
+        super().__init__(
+            state_size=2,
+            observation_space=spaces.Box(-high, high, dtype=np.float32),
+            action_space=spaces.Box(-self.MAX_TORQUE, self.MAX_TORQUE, (1,), np.float32),
+        )
+
+    def dynamics(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        Move one step on (semi-implicit Euler).
+
+        :param state: angle and angular velocity
+        :param action: torque
+        :return: next angle and angular velocity
+        """
+        angle, speed = state[0], state[1]
+        torque = th.clamp(action[0], -self.MAX_TORQUE, self.MAX_TORQUE)
+        gravity = 3 * self.g / (2 * self.LENGTH) * th.sin(angle)
+        next_speed = speed + (gravity + 3.0 / (self.MASS * self.LENGTH**2) * torque) * self.TIME_STEP
+        next_speed = th.clamp(next_speed, -self.MAX_SPEED, self.MAX_SPEED)
+        return th.stack([angle + next_speed * self.TIME_STEP, next_speed])
+
+    def observation(self, state: th.Tensor) -> th.Tensor:
+        """
+        Observe a state.
+
+        :param state: angle and angular velocity
+        :return: cosine and sine of the angle, angular velocity
+        """
+        return th.stack([th.cos(state[0]), th.sin(state[0]), state[1]])
+
+    def reward(self, state: th.Tensor, action: th.Tensor, next_state: th.Tensor) -> th.Tensor:
+        """
+        Reward of one step.
+
+        :param state: angle and angular velocity before the step
+        :param action: torque
+        :param next_state: not used
+        :return: minus the cost of angle, velocity and torque
+        """
+        wrapped = th.remainder(state[0] + th.pi, 2 * th.pi) - th.pi
+        torque = th.clamp(action[0], -self.MAX_TORQUE, self.MAX_TORQUE)
+        return -(wrapped**2 + 0.1 * state[1] ** 2 + 0.001 * torque**2)
+
+    def initial_state(self, generator: np.random.Generator) -> Array:
+        """
+        Draw the first state of an episode, with the same draws as Pendulum-v1.
+
+        :param generator: source of random numbers
+        :return: any angle, slow
+        """
+        high = np.array([np.pi, 1.0])
+        return generator.uniform(low=-high, high=high)
+
+
+class PushAgainstWall(TorchEnv):
+    """
+    A puck pushed along a line against a stiff wall: a smooth task with one rough place, to compare gradient estimators.
+
+    The puck is to reach a goal that lies behind the wall, so a good policy lives in contact. The wall is a damped spring
+    that acts on penetration: a time step is long enough for a whole bounce, so across a contact ``|A|`` grows from 1.4 to
+    the order of ``sqrt(stiffness / mass)`` = 100 and the sign of the derivatives flips with the phase of the bounce. The
+    damper's force jumps at touch; no derivative sees a jump, so analytic gradients are biased there as well.
+
+    State and observation: position in m, velocity in m/s. Action: force in units of ``MAX_FORCE``, clipped to [-1, 1].
+    Reward: ``-(x' - GOAL)^2``, in m^2, of the next position. The episode is to be ended by a time limit.
+    """
+
+    MASS = 1.0  # kg
+    MAX_FORCE = 10.0  # N
+    DRAG = 0.5  # N s/m, everywhere
+    WALL = 0.0  # m, the wall fills x > WALL
+    STIFFNESS = 1e4  # N/m: MAX_FORCE presses the puck 1 mm into the wall
+    DAMPING = 10.0  # N s/m, inside the wall only: a bounce keeps 85% of the speed
+    GOAL = 0.2  # m, behind the surface of the wall
+    TIME_STEP = 0.005  # s
+    SUBSTEPS = 10  # one environment step is 0.05 s, half a period of the spring 0.031 s
+
+    def __init__(self) -> None:
+        super().__init__(
+            state_size=2,
+            observation_space=spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            action_space=spaces.Box(-1.0, 1.0, (1,), np.float32),
+        )
+
+    def dynamics(self, state: th.Tensor, action: th.Tensor) -> th.Tensor:
+        """
+        Move one environment step on (semi-implicit Euler).
+
+        :param state: position and velocity
+        :param action: force in units of ``MAX_FORCE``
+        :return: next position and velocity
+        """
+        position, velocity = state[0], state[1]
+        push = self.MAX_FORCE * th.clamp(action[0], -1.0, 1.0)
+        for _ in range(self.SUBSTEPS):
+            depth = position - self.WALL
+            contact = th.where(depth > 0.0, self.STIFFNESS * depth + self.DAMPING * velocity, 0.0)
+            velocity = velocity + self.TIME_STEP / self.MASS * (push - self.DRAG * velocity - contact)
+            position = position + self.TIME_STEP * velocity
+        return th.stack([position, velocity])
+
+    def observation(self, state: th.Tensor) -> th.Tensor:
+        """
+        Observe a state.
+
+        :param state: position and velocity
+        :return: the same
+        """
+        return state.clone()
+
+    def reward(self, state: th.Tensor, action: th.Tensor, next_state: th.Tensor) -> th.Tensor:
+        """
+        Reward of one step.
+
+        :param state: not used
+        :param action: not used
+        :param next_state: position and velocity after the step
+        :return: minus the squared distance from the goal
+        """
+        return -((next_state[0] - self.GOAL) ** 2)
+
+    def initial_state(self, generator: np.random.Generator) -> Array:
+        """
+        Draw the first state of an episode.
+
+        :param generator: source of random numbers
+        :return: in front of the wall, moving either way
+        """
+        return generator.uniform(low=[-1.0, -2.0], high=[-0.1, 2.0])
+
+
+#: id, class and steps per episode of the environments that :func:`register_environments` makes known
+ENVIRONMENTS: tuple[tuple[str, Callable[..., TorchEnv], int], ...] = (
+    ("sb3_agpo/TorchPendulum-v0", TorchPendulum, 200),
+    ("sb3_agpo/LinearQuadratic-v0", LinearQuadraticEnv, 100),
+    ("sb3_agpo/PushAgainstWall-v0", PushAgainstWall, 100),
+)
+
+
+def register_environments() -> None:
+    """Make the environments of this module known to ``gymnasium.make``; calling it again does nothing."""
+    for environment_id, environment, steps in ENVIRONMENTS:
+        if environment_id not in gym.registry:
+            gym.register(environment_id, f"{__name__}:{environment.__name__}", max_episode_steps=steps)
