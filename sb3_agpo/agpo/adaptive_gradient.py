@@ -102,7 +102,7 @@ def adaptive_gradient(
     :param valid: False where derivatives are not to be trusted: the gate is 0 there, shape ``(H, W)``, bool
     :return: gradient, analytic part and gate
     """
-    horizon, n_windows = terminated.shape
+    horizon = len(terminated)
     discount = gamma * (~terminated).to(derivatives.r_x)  # (H, W)
     next_state_adjoint = th.zeros_like(derivatives.r_x[0])  # lambda', (W, ndx)
     next_obs_adjoint = th.zeros_like(critic.v_o[0])  # mu', (W, nobs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import pathlib
 import time
 import warnings
 from collections.abc import Callable
@@ -11,12 +14,13 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, update_learning_rate
-from torch.nn import functional as F
+from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.adaptive_gradient import (
     AdaptiveGradient,
@@ -29,7 +33,7 @@ from sb3_agpo.agpo.adaptive_gradient import (
     policy_loss,
 )
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, Gate
-from sb3_agpo.agpo.policies import AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
     DerivativeReplayBuffer,
     DifferentiableRolloutBuffer,
@@ -39,15 +43,81 @@ from sb3_agpo.agpo.rollout_buffer import (
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.provider import VecEnvDynamics, attach_dynamics
+from sb3_agpo.dynamics.recorder import ProviderReport
+
+# psutil tells how much memory is free; as in SB3, the check is left out without it
+try:
+    import psutil
+except ImportError:
+    psutil = None  # type: ignore[assignment]
 
 SelfAGPO = TypeVar("SelfAGPO", bound="AGPO")
 
 GRADIENT_MODES = ("adaptive", "analytic", "q")
+#: derivatives over which the share of invalid ones is watched
+INVALID_WINDOW = 1000
+#: gradients in a row that may be non-finite before training stops
+MAX_NONFINITE = 100
 
 
 class AGPO(OffPolicyAlgorithm):
     """
     Adaptive Gradient Policy Optimisation (AGPO).
+
+    SAC, with two additions. Where the environment offers derivatives of its step, the policy gradient on fresh windows
+    of experience flows through the simulator, except where a gate takes it from the Q function because the transition is
+    rough; and the critics are trained to satisfy the differentiated Bellman equation on recent transitions (gradient
+    matching). Where there are no derivatives, AGPO is SAC with AGPO's networks and settings.
+
+    Implements the idea of the abstract of Gao et al., "Adaptive-Gradient Policy Optimization: Enhancing Policy Learning
+    in Non-Smooth Differentiable Simulations", ICML 2024; the gate rule is this package's own. Equation numbers refer to
+    :mod:`sb3_agpo.agpo.adaptive_gradient`.
+
+    :param policy: policy class or its alias ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
+    :param env: environment or the id of a registered one
+    :param learning_rate: of policy and temperature; a float or a schedule of the remaining progress (1 to 0)
+    :param buffer_size: transitions in the replay buffer
+    :param learning_starts: steps with random actions before the first update
+    :param batch_size: replayed transitions of each critic and policy update
+    :param tau: soft update coefficient of the target critics, in (0, 1]
+    :param gamma: discount factor
+    :param train_freq: update every ``train_freq`` steps of the vectorised environment, or ``(n, "episode")``
+    :param gradient_steps: critic updates each time; -1 for as many as transitions were collected
+    :param action_noise: noise added to actions, in [-1, 1]
+    :param replay_buffer_class: replay buffer class; chosen by the observation space if None
+    :param replay_buffer_kwargs: its keyword arguments
+    :param optimize_memory_usage: memory-efficient replay buffer, see SB3
+    :param n_steps: steps of the critics' return; the gradient-matching target always spans one step
+    :param ent_coef: entropy temperature, "auto" to learn it, "auto_0.1" to start from 0.1
+    :param target_update_interval: critic updates between updates of the target critics
+    :param target_entropy: entropy that a learned temperature aims at; "auto" for minus the number of action dimensions
+    :param gradient_mode: "adaptive" (gated), "analytic" (gate always 1) or "q" (gate always 0) on fresh windows
+    :param horizon: steps of a window. Longer windows rely less on the critic, and more on the simulator being smooth;
+        usual range 1 to 16
+    :param rollout_size: transitions that make a batch of fresh windows. Smaller batches give more frequent, noisier policy
+        updates; usual range 32 to 512
+    :param rollout_epochs: policy updates on each batch of fresh windows; 0 turns them off
+    :param gate: rule of the gate, an instance of :class:`~sb3_agpo.agpo.gates.Gate` or any callable of its signature
+    :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
+    :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off
+    :param critic_grad_batch_size: transitions with derivatives in each critic update
+    :param policy_delay: critic updates per policy update on replayed transitions; 0 turns those off
+    :param max_grad_norm: the policy gradient of fresh windows is clipped to this norm
+    :param derivative_memory: most memory for stored derivatives, in gigabytes; the oldest transitions give way
+    :param finite_differences: step sizes, scheme and threads of finite differences
+    :param max_invalid_fraction: training stops with an error when more than this share of the last
+        ``INVALID_WINDOW`` derivatives was not finite or exploded
+    :param use_sde: generalised state-dependent exploration
+    :param sde_sample_freq: steps between new exploration matrices; -1 for once per rollout
+    :param use_sde_at_warmup: use it before ``learning_starts`` too
+    :param stats_window_size: episodes that rollout statistics average over
+    :param tensorboard_log: folder of the TensorBoard log
+    :param policy_kwargs: arguments of the policy, see :class:`~sb3_agpo.agpo.policies.AGPOPolicy`
+    :param verbose: 0 nothing, 1 information, 2 debug messages
+    :param seed: seed of the pseudo-random generators
+    :param device: device of the networks
+    :param _init_setup_model: build the networks on construction
+    :raises ValueError: if an argument is out of range, naming it
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -56,6 +126,7 @@ class AGPO(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: AGPOPolicy
+    actor: Actor
     critic: EnsembleCritic
     critic_target: EnsembleCritic
 
@@ -91,6 +162,7 @@ class AGPO(OffPolicyAlgorithm):
         max_grad_norm: float = 1.0,
         derivative_memory: float = 0.5,
         finite_differences: FiniteDifferences | None = None,
+        max_invalid_fraction: float = 0.5,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         use_sde_at_warmup: bool = False,
@@ -102,6 +174,19 @@ class AGPO(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        _check_arguments(
+            gradient_mode=gradient_mode,
+            positive={"horizon": horizon, "rollout_size": rollout_size, "critic_grad_batch_size": critic_grad_batch_size},
+            not_negative={
+                "rollout_epochs": rollout_epochs,
+                "critic_grad_coef": critic_grad_coef,
+                "policy_delay": policy_delay,
+            },
+            more_than_zero={"max_grad_norm": max_grad_norm, "derivative_memory": derivative_memory},
+            fractions={"max_invalid_fraction": max_invalid_fraction},
+            gate=gate,
+            finite_differences=finite_differences,
+        )
         super().__init__(
             policy,
             env,
@@ -144,7 +229,11 @@ class AGPO(OffPolicyAlgorithm):
         self.max_grad_norm = max_grad_norm
         self.derivative_memory = derivative_memory
         self.finite_differences = finite_differences or FiniteDifferences()
+        self.max_invalid_fraction = max_invalid_fraction
         self.dynamics: VecEnvDynamics | None = None
+        self.provider_report = ProviderReport("none", "no environment yet")
+        self._nonfinite_in_a_row = 0
+        self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
         if _init_setup_model:
@@ -161,10 +250,35 @@ class AGPO(OffPolicyAlgorithm):
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate or self.learning_rate)
         self.rollout_buffer = DifferentiableRolloutBuffer(self.rollout_size, self.horizon, self.n_envs, self.device)
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
-        if self.env is not None:
+        self._attach_dynamics()
+
+    def _attach_dynamics(self) -> None:
+        """Find the source of derivatives of the current environment, and say once what it is."""
+        if self.env is None:
+            return
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            reason = "HerReplayBuffer relabels rewards, whose derivatives are unknown"
+            self.dynamics, self.provider_report = None, ProviderReport("none", reason)
+        else:
             self.dynamics, self.provider_report = attach_dynamics(self.env, self.finite_differences)
-            if self.verbose >= 1:
-                print(f"Derivatives: {self.provider_report.kind} ({self.provider_report.reason})")
+        if self.verbose >= 1:
+            source = f"from {self.provider_report.kind}" if self.dynamics is not None else "none, the critic's gradient alone"
+            print(f"Simulator derivatives: {source} ({self.provider_report.reason})")
+        if self.dynamics is not None and self.critic_grad_coef > 0.0:
+            self._warn_about_memory()
+
+    def _warn_about_memory(self) -> None:
+        """Count stored derivatives in the same kind of warning that SB3's replay buffer gives."""
+        nobs, nu = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
+        each = DerivativeReplayBuffer.bytes_per_transition(nobs, nu, self.provider_report.tangent_size)
+        needed = min(int(self.derivative_memory * 1e9), each * self.buffer_size)
+        available = psutil.virtual_memory().available if psutil is not None else math.inf
+        if needed > available:
+            warnings.warn(
+                "This system does not have enough memory to store the derivatives: "
+                f"{needed / 1e9:.2f}GB > {available / 1e9:.2f}GB; lower `derivative_memory` (in GB)",
+                stacklevel=2,
+            )
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -201,7 +315,7 @@ class AGPO(OffPolicyAlgorithm):
             return super()._sample_action(learning_starts, action_noise, n_envs)
         with th.no_grad():
             observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
-            mean, log_std, _ = self.actor.get_action_dist_params(observations)  # type: ignore[operator]
+            mean, log_std = self._gaussian(observations)
             noise = th.randn_like(mean)
             scaled = th.tanh(mean + log_std.exp() * noise).cpu().numpy()
         self._acting_noise = noise.cpu().numpy()
@@ -220,12 +334,10 @@ class AGPO(OffPolicyAlgorithm):
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
             return
         observations = self._last_original_obs if self._vec_normalize_env is not None else self._last_obs
-        position = replay_buffer.pos
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         raw_reward = self._vec_normalize_env.get_original_reward() if self._vec_normalize_env is not None else reward
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         next_observations = self._successors(new_obs, dones, infos)
-        del position
         noise = self._acting_noise if self._acting_noise is not None else np.full_like(buffer_action, np.nan)
         self.rollout_buffer.add(
             Transition(
@@ -247,11 +359,11 @@ class AGPO(OffPolicyAlgorithm):
         """Unnormalised next observations, before any auto-reset."""
         normalization = self._vec_normalize_env
         raw = normalization.get_original_obs() if normalization is not None else new_obs
-        successors = np.array(raw, dtype=np.float32)
+        successors: np.ndarray = np.array(raw, dtype=np.float32)
         for i in np.flatnonzero(dones):
             terminal = infos[i].get("terminal_observation")
             if terminal is not None:
-                successors[i] = normalization.unnormalize_obs(terminal) if normalization is not None else terminal
+                successors[i] = terminal if normalization is None else normalization.unnormalize_obs(terminal)
         return successors
 
     def _differentiate_pending(self) -> None:
@@ -263,9 +375,22 @@ class AGPO(OffPolicyAlgorithm):
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
         self._record("derivative_seconds", time.perf_counter() - start)
-        self._record("derivatives_skipped", float(1.0 - derivatives.valid.mean()))
+        self._check_derivatives(derivatives.valid)
         if self.num_timesteps <= self.learning_starts:  # actions were not the policy's
             self.rollout_buffer.reset()
+
+    def _check_derivatives(self, valid: np.ndarray) -> None:
+        """Count derivatives that are not to be trusted; too many of them are an error."""
+        self._record("derivatives_skipped", float(1.0 - valid.mean()))
+        self._valid_history = [*self._valid_history, *valid.tolist()][-INVALID_WINDOW:]
+        invalid = 1.0 - float(np.mean(self._valid_history))
+        if len(self._valid_history) == INVALID_WINDOW and invalid > self.max_invalid_fraction:
+            raise ValueError(
+                f"{invalid:.0%} of the last {INVALID_WINDOW} simulator derivatives were not finite, exploded, or did not "
+                f"reproduce the environment's step (`max_invalid_fraction` is {self.max_invalid_fraction:.0%}). Use larger "
+                "steps in `finite_differences`, check that nothing changes the simulator's model after AGPO was given the "
+                'environment, or train with `gradient_mode="q"`, `critic_grad_coef=0`'
+            )
 
     # ------------------------------------------------------------------ training
 
@@ -292,7 +417,7 @@ class AGPO(OffPolicyAlgorithm):
         self._write_statistics()
 
     def _update_learning_rates(self) -> None:
-        optimizers = [self.actor.optimizer]
+        optimizers: list[th.optim.Optimizer] = [self.actor.optimizer]
         if self.ent_coef_optimizer is not None:
             optimizers.append(self.ent_coef_optimizer)
         self._update_learning_rate(optimizers)
@@ -304,9 +429,17 @@ class AGPO(OffPolicyAlgorithm):
     def _act(self, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Reparametrised actions ``(n, nu)`` and log-densities ``(n,)``."""
         if self.use_sde:
-            return self.actor.action_log_prob(observations)  # type: ignore[operator]
-        mean, log_std, _ = self.actor.get_action_dist_params(observations)  # type: ignore[operator]
+            return self.actor.action_log_prob(observations)
+        mean, log_std = self._gaussian(observations)
         return squashed_sample(mean, log_std, th.randn_like(mean))
+
+    def _gaussian(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+        """Mean and log standard deviation before squashing, ``(n, nu)`` each."""
+        mean, log_std, sde = self.actor.get_action_dist_params(observations)
+        if not self.use_sde:
+            return mean, log_std
+        gaussian = self.actor.action_dist.proba_distribution(mean, log_std, **sde).distribution
+        return gaussian.mean, gaussian.stddev.log()
 
     def _next_values(self, observations: th.Tensor) -> th.Tensor:
         """V(o'), equation (6), from the target critics, ``(n,)``."""
@@ -361,6 +494,7 @@ class AGPO(OffPolicyAlgorithm):
         self._record("ent_coef", self._current_ent_coef().item())
         if self.log_ent_coef is None or self.ent_coef_optimizer is None:
             return
+        assert isinstance(self.target_entropy, float)
         loss = -(self.log_ent_coef * (log_prob.detach() + self.target_entropy)).mean()
         self._record("ent_coef_loss", loss.item())
         self._step(self.ent_coef_optimizer, loss, float("inf"))
@@ -389,12 +523,12 @@ class AGPO(OffPolicyAlgorithm):
         loss = self._window_loss(steps, gradient, windows.mask)
         for name, value in gradient_statistics(gradient, critic.q_a, windows.mask).items():
             self._record(name, value)
-        self._step(self.actor.optimizer, loss, self.max_grad_norm)
+        self._record("policy_grad_norm", self._step(self.actor.optimizer, loss, self.max_grad_norm))
 
     def _act_as_recorded(self, windows: RolloutWindows, t: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Step ``t`` as the policy of now acts with the noise of then: leaf observations, actions, log-densities."""
         obs = windows.observations[t].requires_grad_(True)
-        mean, log_std, _ = self.actor.get_action_dist_params(obs)  # type: ignore[operator]
+        mean, log_std = self._gaussian(obs)
         inferred = infer_noise(windows.actions[t], mean.detach(), log_std.detach())
         noise = th.where(th.isnan(windows.noise[t]), inferred, windows.noise[t])
         return obs, *squashed_sample(mean, log_std, noise)
@@ -421,17 +555,36 @@ class AGPO(OffPolicyAlgorithm):
             return self.gate if self.gate is not None else DisagreementGate()
         return ConstantGate(1.0 if self.gradient_mode == "analytic" else 0.0)
 
-    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor, max_norm: float) -> None:
+    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor, max_norm: float) -> float:
+        """
+        Take one optimiser step, unless the gradient is not finite.
+
+        :return: norm of the gradient before clipping
+        :raises ValueError: after ``MAX_NONFINITE`` such gradients in a row
+        """
         optimizer.zero_grad()
         loss.backward()
-        if np.isfinite(max_norm):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            self._record("policy_grad_norm", th.nn.utils.clip_grad_norm_(parameters, max_norm).item())
-        optimizer.step()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        self._record("nonfinite_skipped", float(not np.isfinite(norm)))
+        if np.isfinite(norm):
+            self._nonfinite_in_a_row = 0
+            optimizer.step()
+            return norm
+        optimizer.zero_grad()
+        self._nonfinite_in_a_row += 1
+        if self._nonfinite_in_a_row >= MAX_NONFINITE:
+            raise ValueError(
+                f"The last {MAX_NONFINITE} gradients were not finite; the weights are still those before them. Check that "
+                "observations and rewards are finite (`VecCheckNan`), or lower `learning_rate`"
+            )
+        return norm
 
     def _update_target(self) -> None:
         with th.no_grad():
             th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+        # Running statistics of batch normalisation are copied, see SB3 GH issue #996
+        polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     # ------------------------------------------------------------------ logging
 
@@ -446,11 +599,58 @@ class AGPO(OffPolicyAlgorithm):
 
     # ------------------------------------------------------------------ SB3
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """
+        Change the environment, see SB3; its source of derivatives is found anew.
+
+        :param env: the new environment
+        :param force_reset: reset it before training goes on
+        """
+        super().set_env(env, force_reset)
+        self.rollout_buffer.reset()
+        self._attach_dynamics()
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """
+        Save the replay buffer, and with it the windows and stored derivatives, in one pickle that SB3 can read too.
+
+        :param path: file
+        """
+        assert self.replay_buffer is not None, "The replay buffer is not defined"
+        self.replay_buffer.differentiable = (self.rollout_buffer, self.derivative_buffer)  # type: ignore[attr-defined]
+        try:
+            super().save_replay_buffer(path)
+        finally:
+            del self.replay_buffer.differentiable  # type: ignore[attr-defined]
+
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
+        """
+        Load a replay buffer, and the windows and stored derivatives if the file has them.
+
+        :param path: file; loading a pickle runs code that it contains, so load only files you trust
+        :param truncate_last_traj: see SB3
+        """
+        super().load_replay_buffer(path, truncate_last_traj)
+        if hasattr(self.replay_buffer, "differentiable"):
+            self.rollout_buffer, self.derivative_buffer = self.replay_buffer.differentiable  # type: ignore[union-attr]
+            self.rollout_buffer.device = self.derivative_buffer.device = self.device
+            del self.replay_buffer.differentiable  # type: ignore[union-attr]
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
         if self.dynamics is not None:
-            self.dynamics.discard()
-            self.rollout_buffer.reset()
-        return super()._setup_learn(*args, **kwargs)
+            if reset_num_timesteps or self._last_obs is None:  # the environment is about to be reset
+                self.dynamics.discard()
+                self.rollout_buffer.reset()
+            else:  # a callback that stopped the last call did so before that step was stored
+                self.dynamics.keep_oldest(self.rollout_buffer.n_pending)
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
     def learn(
         self: SelfAGPO,
@@ -481,6 +681,7 @@ class AGPO(OffPolicyAlgorithm):
             "derivative_buffer",
             "_statistics",
             "_acting_noise",
+            "_valid_history",
         ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -488,3 +689,41 @@ class AGPO(OffPolicyAlgorithm):
         if self.ent_coef_optimizer is not None:
             return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
         return state_dicts, ["ent_coef_tensor"]
+
+
+def _check_arguments(
+    *,
+    gradient_mode: str,
+    positive: dict[str, int],
+    not_negative: dict[str, float],
+    more_than_zero: dict[str, float],
+    fractions: dict[str, float],
+    gate: Any,
+    finite_differences: Any,
+) -> None:
+    """
+    Check the arguments that AGPO adds to SAC's.
+
+    :raises ValueError: for a value out of range
+    :raises TypeError: for a value of the wrong type
+    """
+    if gradient_mode not in GRADIENT_MODES:
+        raise ValueError(f"`gradient_mode` must be one of {GRADIENT_MODES}, got {gradient_mode!r}")
+    for name, count in positive.items():
+        if not isinstance(count, int | np.integer) or isinstance(count, bool):
+            raise TypeError(f"`{name}` must be an integer, got {count!r}")
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {count!r}")
+    for name, value in not_negative.items():
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be a finite number of at least 0 (0 turns it off), got {value!r}")
+    for name, value in more_than_zero.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive, got {value!r}")
+    for name, value in fractions.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {value!r}")
+    if gate is not None and not callable(gate):
+        raise TypeError(f"`gate` must be a `Gate` or a callable (analytic, critic, step) -> weights, got {gate!r}")
+    if finite_differences is not None and not isinstance(finite_differences, FiniteDifferences):
+        raise TypeError(f"`finite_differences` must be a `FiniteDifferences`, got {finite_differences!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch as th
@@ -101,7 +102,7 @@ class EnsembleCritic(BaseModel):
         self.n_critics, self.share_features_extractor = n_critics, share_features_extractor
         widths = [features_dim + get_action_dim(action_space), *net_arch]
         layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+        for width_in, width_out in pairwise(widths):
             layers.append(EnsembleLinear(n_critics, width_in, width_out))
             if layer_norm:
                 layers.append(EnsembleLayerNorm(n_critics, width_out))
@@ -151,7 +152,6 @@ class AGPOPolicy(SACPolicy):
 
     :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
     :param layer_norm: layer normalisation in the critics
-    :param critic_learning_rate_scale: the critics' learning rate is ``learning_rate`` times this
     """
 
     critic: EnsembleCritic  # type: ignore[assignment]

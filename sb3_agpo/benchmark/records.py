@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sb3_agpo.__about__ import __version__
+
 Row = dict[str, str]
 
 # The benchmark's tasks, with the environment steps of a run on each.
@@ -91,8 +93,8 @@ def versions() -> dict[str, str]:
 
     :return: column -> version, ``unknown`` for a library that is not installed as a package
     """
-    found = {"python": platform.python_version()}
-    for column in VERSION_COLUMNS[1:]:
+    found = {"python": platform.python_version(), "sb3_agpo": __version__}
+    for column in VERSION_COLUMNS[1:-1]:
         try:
             found[column] = importlib.metadata.version(column.replace("_", "-"))
         except importlib.metadata.PackageNotFoundError:

@@ -138,6 +138,15 @@ class Results:
         scores = [self.normalized(task, self.final(algorithm, task)) for task in self.scored_tasks]
         return [task_scores for task_scores in scores if len(task_scores)]
 
+    def complete(self, algorithm: str) -> bool:
+        """
+        Whether an algorithm can be compared over all tasks.
+
+        :param algorithm: its name
+        :return: whether it has finished runs on every one of ``scored_tasks``, and there are any
+        """
+        return bool(self.scored_tasks) and len(self.scores(algorithm)) == len(self.scored_tasks)
+
     def grid(self, algorithm: str, task: str) -> Array:
         """
         Steps at which an algorithm was evaluated.
@@ -314,6 +323,8 @@ def _note_missing(results: Results) -> None:
         missing = [task for task in results.tasks if not len(results.final(algorithm, task))]
         if missing:
             notes.append(f"`{algorithm}` has no finished runs on {', '.join(missing)}.")
+        if results.scored_tasks and not results.complete(algorithm):
+            notes.append(f"`{algorithm}`: its IQM is over fewer tasks than others'; left out of the figures over all tasks.")
     if absent := [name for name in ORDER if name not in results.curves]:
         notes.append(f"No runs of {', '.join(f'`{name}`' for name in absent)}.")
     if absent := [task for task in BUDGETS if task not in results.budgets]:

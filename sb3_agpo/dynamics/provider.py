@@ -57,6 +57,14 @@ class VecEnvDynamics:
         self.simulator_calls += n_steps * n_envs * self.report.rows_per_transition
         return derivatives
 
+    def keep_oldest(self, n_steps: int) -> None:
+        """
+        Forget all recorded steps but the oldest ones.
+
+        :param n_steps: steps per environment to keep
+        """
+        self.env.env_method("keep_oldest_records", n_steps)
+
     def discard(self) -> None:
         """Forget the steps recorded so far."""
         self.env.env_method("discard_records")

@@ -107,6 +107,14 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self._records: list[tuple[Array, np.ndarray[Any, Any], float]] = []
         self._differentiated: list[TransitionDerivatives] = []
 
+    def keep_oldest_records(self, n_steps: int) -> None:
+        """
+        Forget all recorded steps but the oldest ones.
+
+        :param n_steps: number of steps to keep
+        """
+        del self._records[n_steps:], self._differentiated[n_steps:]
+
     def take_records(self, n_steps: int) -> StepRecords:
         """
         Hand over the last steps and forget everything recorded.

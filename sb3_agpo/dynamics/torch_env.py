@@ -625,8 +625,12 @@ class PushAgainstWall(TorchEnv):
 
     The puck is to reach a goal that lies behind the wall, so a good policy lives in contact. The wall is a damped spring
     that acts on penetration: a time step is long enough for a whole bounce, so across a contact ``|A|`` grows from 1.4 to
-    the order of ``sqrt(stiffness / mass)`` = 100 and the sign of the derivatives flips with the phase of the bounce. The
-    damper's force jumps at touch; no derivative sees a jump, so analytic gradients are biased there as well.
+    as much as ``sqrt(STIFFNESS / MASS)`` = 100 and the sign of the derivatives flips with the phase of the bounce. The
+    damper's force jumps at touch, and no derivative sees a jump.
+
+    What that does to the analytic derivative of the return by the first action, in 20,000 rollouts with action noise 0.3
+    about 0.3 from position -0.15 m, velocity 1 m/s: its standard deviation is 0.03, 0.4, 2.7 and 75 over 4, 8, 16 and 32
+    steps, and over 16 steps its mean is -0.93 where that of the return itself (score function) is -0.79, each +-0.02.
 
     State and observation: position in m, velocity in m/s. Action: force in units of ``MAX_FORCE``, clipped to [-1, 1].
     Reward: ``-(x' - GOAL)^2``, in m^2, of the next position. The episode is to be ended by a time limit.
@@ -637,7 +641,7 @@ class PushAgainstWall(TorchEnv):
     DRAG = 0.5  # N s/m, everywhere
     WALL = 0.0  # m, the wall fills x > WALL
     STIFFNESS = 1e4  # N/m: MAX_FORCE presses the puck 1 mm into the wall
-    DAMPING = 10.0  # N s/m, inside the wall only: a bounce keeps 85% of the speed
+    DAMPING = 10.0  # N s/m, inside the wall only: a bounce keeps 84% of the speed
     GOAL = 0.2  # m, behind the surface of the wall
     TIME_STEP = 0.005  # s
     SUBSTEPS = 10  # one environment step is 0.05 s, half a period of the spring 0.031 s

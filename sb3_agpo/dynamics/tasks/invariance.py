@@ -24,7 +24,7 @@ def invariant_translations(model: mujoco.MjModel) -> tuple[int, ...]:
     - all it can collide with are infinite planes parallel to the translation.
 
     Gravity, wind and the medium are uniform in MuJoCo. What is unusual (equality constraints, spatial tendons, ...) gives
-    no index rather than a wrong one.
+    no index rather than a wrong one. Callbacks are not looked at.
 
     :param model: the model
     :return: indices of tangent position coordinates, ascending

@@ -1,0 +1,286 @@
+"""The ``report`` command: tables and figures from the CSV file of the learning benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sb3_agpo.benchmark import figures
+from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
+from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
+from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean, mean
+
+Array = NDArray[np.float64]
+
+NONE = "–"  # in an empty cell
+MAIN_VARIANT = "agpo-adaptive"
+
+REACHED_TABLES = {
+    "steps": "Environment steps",
+    "simulator_calls": "Simulated steps, finite differences included",
+    "seconds": "Seconds of learning",
+    "cpu_seconds": "Processor seconds of learning",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """
+    Define the command's options.
+
+    :param parser: gets them
+    """
+    add = parser.add_argument
+    default = Path("docs/benchmarks")
+    add("--input", type=Path, default=default / "learning.csv", help="CSV file that 'learning' wrote (default: %(default)s)")
+    add("--output", type=Path, default=default, help="folder for report.md and the figures (default: %(default)s)")
+    add("--baseline", default="sac", help="algorithm with a normalised score of 1 (default: %(default)s)")
+    add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
+    add("--time", choices=["seconds", "cpu_seconds"], default="seconds", help="clock of the figure (default: %(default)s)")
+    add("--live", action="store_true", help="use unfinished runs as well, for curves")
+
+
+def number(value: float) -> str:
+    """
+    Write a number with about three digits.
+
+    :param value: the number
+    :return: text, a dash if it is not finite
+    """
+    if not np.isfinite(value):
+        return NONE
+    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """
+    Write a Markdown table.
+
+    :param head: column names
+    :param rows: cells; all columns but the first are aligned to the right
+    :return: text ending with an empty line
+    """
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
+
+
+def estimate(strata: Sequence[Array], statistic: Callable[[Array, int], Array]) -> str:
+    """
+    Write a statistic with its 95 % bootstrap interval.
+
+    :param strata: values of the runs of each task
+    :param statistic: of an array along an axis
+    :return: for example ``1.02 [0.95, 1.10]``; without an interval if there is but one run of each task
+    """
+    if not strata:
+        return NONE
+    center = number(float(statistic(np.concatenate(strata), 0)))
+    if max(len(stratum) for stratum in strata) < 2:
+        return center
+    low, high = bootstrap_interval(strata, statistic)
+    return f"{center} [{number(float(low))}, {number(float(high))}]"
+
+
+def labels(results: Results, algorithms: Sequence[str]) -> list[str]:
+    """
+    Names of algorithms as shown.
+
+    :param results: the runs
+    :param algorithms: names in the CSV file
+    :return: names in tables and legends
+    """
+    return [figures.style_of(algorithm, results.algorithms).label for algorithm in algorithms]
+
+
+def final_table(results: Results, algorithms: Sequence[str]) -> str:
+    """
+    Returns at the end of the budget, task by task, and the interquartile mean of normalised scores.
+
+    :param results: the runs
+    :param algorithms: columns
+    :return: Markdown
+    """
+    rows = []
+    for task in results.tasks:
+        finals = [results.final(algorithm, task) for algorithm in algorithms]
+        best = max((float(mean(final)) for final in finals if len(final)), default=np.nan)
+        cells = [f"{task}, {results.budgets[task] / 1000:g}k steps"]
+        for final in finals:
+            text = f"{estimate([final], mean)} ({len(final)})" if len(final) else NONE
+            cells.append(f"**{text}**" if len(final) and float(mean(final)) == best else text)
+        rows.append([*cells, number(results.random.get(task, np.nan))])
+    if results.scored_tasks:
+        scores = [results.scores(algorithm) for algorithm in algorithms]
+        n_tasks = len(results.scored_tasks)
+        rows.append(["IQM of scores", *(estimate(strata, interquartile_mean) for strata in scores), "0"])
+        rows.append(["tasks, runs in the IQM", *(f"{len(s)}/{n_tasks}, {sum(map(len, s))}" for s in scores), NONE])
+    return table(["Task", *labels(results, algorithms), "Random"], rows)
+
+
+def reached_table(results: Results, algorithms: Sequence[str], quantity: str) -> str:
+    """
+    What it took to reach the baseline's final return.
+
+    :param results: the runs
+    :param algorithms: columns
+    :param quantity: field of :class:`Reached`
+    :return: Markdown
+    """
+    tasks = [task for task in results.tasks if results.reach(results.baseline, task)]
+    ratios: dict[str, list[float]] = defaultdict(list)
+    rows = []
+    for task in tasks:
+        own = results.reach(results.baseline, task)
+        cells = [task]
+        for algorithm in algorithms:
+            if not len(results.final(algorithm, task)):
+                cells.append(NONE)
+                continue
+            reached = results.reach(algorithm, task)
+            ratio = getattr(reached, quantity) / max(getattr(own, quantity), 1e-9) if reached else np.inf
+            ratios[algorithm].append(ratio)
+            cells.append(f"{getattr(reached, quantity):,.0f} ({number(ratio)}x)" if reached else "not reached")
+        rows.append(cells)
+    counts = [f"{sum(np.isfinite(ratios[name]))}/{len(ratios[name])}" if ratios[name] else NONE for name in algorithms]
+    medians = [float(np.median(ratios[name])) if ratios[name] else np.nan for name in algorithms]
+    rows.append(["tasks on which it was reached", *counts])
+    rows.append(["median ratio", *(f"{number(median)}x" if np.isfinite(median) else NONE for median in medians)])
+    return table(["Task", *labels(results, algorithms)], rows)
+
+
+def learning_commands(rows: Sequence[Row]) -> list[str]:
+    """
+    The commands that make the rows again.
+
+    :param rows: evaluations
+    :return: one command for each budget, evaluation interval and number of threads; changed algorithms have none
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["algorithm"] in ORDER:
+            default = str(BUDGETS.get(row["env"])) == row["budget"]
+            groups["" if default else row["budget"], row["eval_every"], row["threads"]].append(row)
+    with_random = any(row["algorithm"] == RANDOM for row in rows)
+    commands = []
+    for (steps, every, threads), group in sorted(groups.items()):
+        found = {column: {row[column] for row in group} for column in ("algorithm", "env", "seed")}
+        names = [RANDOM] * with_random + [name for name in ORDER if name in found["algorithm"]]
+        parts = ["python -m sb3_agpo.benchmark learning --algorithms", *names]
+        parts += ["--envs", *sorted(found["env"]), "--seeds", *sorted(found["seed"], key=int)]
+        parts += ["--steps", steps] if steps else []
+        parts += ["--eval-every", every] if every != "5000" else []
+        parts += ["--threads", threads] if threads != "1" else []
+        commands.append(" ".join(parts))
+    return commands
+
+
+def circumstances(results: Results, command: str) -> str:
+    """
+    How the results were made.
+
+    :param results: the runs
+    :param command: that made the report
+    :return: Markdown
+    """
+    rows = [
+        [column, ", ".join(sorted({row[column] for row in results.rows}))]
+        for column in (*VERSION_COLUMNS, "git_commit", "machine", "threads")
+    ]
+    versions = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    text = "```\n" + "\n".join([*learning_commands(results.rows), command]) + "\n```\n\n"
+    if changed := sorted(
+        {(row["algorithm"], row["settings"]) for row in results.rows if row["algorithm"] not in (RANDOM, *ORDER)}
+    ):
+        named = ", ".join(f"`{name}` ({settings})" for name, settings in changed)
+        text += f"Changed algorithms, with their settings' hash in `learning_settings.json`: {named}.\n\n"
+    return f"{text}| | |\n| --- | --- |\n{versions}\n"
+
+
+def write_figures(results: Results, algorithms: Sequence[str], folder: Path, time: str) -> list[tuple[str, str]]:
+    """
+    Draw all figures.
+
+    :param results: the runs
+    :param algorithms: those to be drawn
+    :param folder: for the PNG files
+    :param time: column for the time axis
+    :return: file name and caption of each
+    """
+    pictures = [("learning_steps.png", "Return against environment steps: mean over seeds, 95 % bootstrap interval")]
+    figures.learning_curves(results, algorithms, folder / pictures[0][0])
+    pictures.append(("learning_seconds.png", f"Return against {figures.TIME_LABELS[time]}, logarithmic scale"))
+    figures.learning_curves(results, algorithms, folder / pictures[1][0], time)
+    if results.complete(results.baseline):
+        pictures.append(("learning_profile.png", "Performance profile: fraction of runs above a normalised score"))
+        figures.profile(results, algorithms, folder / pictures[2][0])
+    return pictures
+
+
+def write(results: Results, folder: Path, time: str, command: str) -> Path:
+    """
+    Write the report and its figures.
+
+    :param results: the runs
+    :param folder: where to
+    :param time: column for the time axis
+    :param command: that makes the report again
+    :return: the Markdown file
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    algorithms = [name for name in results.algorithms if name not in ABLATIONS or name == MAIN_VARIANT] or results.algorithms
+    baseline = labels(results, [results.baseline])[0]
+    pictures = [f"![{caption}]({name})\n\n" for name, caption in write_figures(results, algorithms, folder, time)]
+    parts = [
+        "# Learning benchmark\n\n",
+        "Returns are undiscounted means of deterministic episodes in an environment of their own with the same initial states "
+        "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
+        f"within tasks. A normalised score is 0 at the random policy's return and 1 at {baseline}'s mean final return; IQM is "
+        "the interquartile mean over runs and tasks. Times are those of learning alone, evaluations left out.\n\n",
+        "## Return at the end of the budget\n\nMean, interval and, in parentheses, number of seeds.\n\n",
+        final_table(results, algorithms),
+        *pictures[2:],
+        f"## What it takes to reach {baseline}'s final return\n\n"
+        "The first evaluation at which the mean over seeds reaches it, and in parentheses the ratio to what "
+        f"{baseline} itself took to get there first. A task on which it was not reached counts as infinity in the median.\n\n",
+        *(f"{title}:\n\n{reached_table(results, algorithms, name)}" for name, title in REACHED_TABLES.items()),
+        "## Learning curves\n\n",
+        *pictures[:2],
+    ]
+    ablation = [name for name in results.algorithms if name in ABLATIONS]
+    if len(ablation) > 1:
+        parts += ["## Ablation\n\nGradients of the policy, with and without matching of the critic's derivatives.\n\n"]
+        parts += [final_table(results, ablation)]
+    if results.notes:
+        parts += ["## What is missing or to be known\n\n", *(f"- {note}\n" for note in results.notes), "\n"]
+    parts += ["## How it was made\n\n", circumstances(results, command)]
+    path = folder / "report.md"
+    path.write_text("".join(parts).rstrip() + "\n")
+    return path
+
+
+def main(options: argparse.Namespace) -> int:
+    """
+    Run the command.
+
+    :param options: of the command line
+    :return: exit code 0
+    :raises ValueError: if there is nothing to report
+    """
+    results = load(options.input, options.baseline, options.algorithms, options.live)
+    if not results.curves:
+        raise ValueError(f"{options.input} has no runs to report with these options; see 'learning' to make some")
+    command = ["python", "-m", "sb3_agpo.benchmark", "report", "--input", str(options.input), "--output", str(options.output)]
+    command += ["--baseline", options.baseline] if options.baseline != "sac" else []
+    command += ["--algorithms", *options.algorithms] if options.algorithms else []
+    command += ["--time", options.time] if options.time != "seconds" else []
+    command += ["--live"] if options.live else []
+    path = write(results, options.output, options.time, shlex.join(command))
+    for note in results.notes:
+        print(f"note: {note}")
+    print(f"wrote {path}")
+    return 0

@@ -1,0 +1,29 @@
+"""Set-up that every test shares."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch is imported, and inherited by processes that tests start: tests run side by side, one thread each.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_working_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what fixtures of a wider scope than one test write to the working directory out of the repository."""
+    previous = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(previous)
+
+
+@pytest.fixture(autouse=True)
+def _working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each test in a directory of its own: MuJoCo, for one, writes MUJOCO_LOG.TXT to the working directory."""
+    monkeypatch.chdir(tmp_path)
