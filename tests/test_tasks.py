@@ -224,13 +224,11 @@ def test_edges_of_health(name: str, version: str, offsets: tuple[float, float]) 
     height = env.data.qpos[1 if name in ("hopper", "walker2d") else 2]
     env._healthy_z_range = tuple(height + offset for offset in offsets)  # type: ignore[attr-defined]
     task = model_of(env)
-    batch = Steps(*(np.zeros((1, size)) for size in (env.model.nq, env.model.nv, task.n_readings, env.model.nu)), *[None] * 3)
-    after = {"next_qpos": env.data.qpos[None], "next_qvel": env.data.qvel[None], "next_readings": batch.readings}
-    outcome = task.outcome(batch._replace(**after))
-    assert outcome.terminated[0] == (not env.is_healthy)  # type: ignore[attr-defined]
+    state = (env.data.qpos[None], env.data.qvel[None], np.zeros((1, task.n_readings)))
+    steps = Steps(*state, np.zeros((1, env.model.nu)), *state)
+    assert task.outcome(steps).terminated[0] == (not env.is_healthy)  # type: ignore[attr-defined]
     if name == "ant":
-        nan = np.full_like(after["next_qvel"], np.nan)
-        assert task.outcome(batch._replace(**{**after, "next_qvel": nan})).terminated[0]
+        assert task.outcome(steps._replace(next_qvel=np.full_like(state[1], np.nan))).terminated[0]
 
 
 @pytest.mark.parametrize("module", dict(TASKS))

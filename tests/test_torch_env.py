@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives
-from sb3_agpo.dynamics.torch_env import (
+from sb3_agpo.dynamics.torch_env import TorchEnv
+from sb3_agpo.dynamics.torch_tasks import (
     ENVIRONMENTS,
     LinearQuadraticEnv,
     PushAgainstWall,
-    TorchEnv,
     TorchPendulum,
     register_environments,
     riccati_gain,
@@ -99,10 +99,14 @@ def visit(env: TorchEnv, steps: int, seed: int = 0) -> tuple[Array, np.ndarray, 
 
 
 def values(env: TorchEnv, states: Array, actions: Array) -> tuple[Array, Array, Array]:
-    """Next state, exact (not rounded) next observation and reward, each ``(n, ...)``."""
-    derivatives = env.differentiate(states, actions)
-    next_obs = np.array([env.observation(th.tensor(state)).numpy() for state in derivatives.next_state])
-    return derivatives.next_state, next_obs, derivatives.reward[:, None]
+    """Next state, exact (not rounded) next observation and reward of live steps, each ``(n, ...)``."""
+    next_states, next_obs, rewards = [], [], []
+    for state, action in zip(states, actions, strict=True):
+        env.set_state(state)
+        rewards.append(env.step(action)[1])
+        next_states.append(env.get_state())
+        next_obs.append(env.observation(th.tensor(next_states[-1])).numpy())
+    return np.array(next_states), np.array(next_obs), np.array(rewards)[:, None]
 
 
 def central_differences(env: TorchEnv, state: Array, action: Array, step: float = 1e-5) -> list[Array]:

@@ -36,7 +36,8 @@ import torch as th
 
 #: maps dJ/da of step t, shape (W, nu), to the policy's share of mu: (da/do)^T g_a - alpha dlogpi/do, shape (W, nobs)
 PolicyPullback = Callable[[int, th.Tensor], th.Tensor]
-#: maps analytic and critic action gradients, each (W, nu), and the step to the weight of the analytic one, (W,)
+#: maps analytic and critic action gradients, each (n, nu), and the step to the weight of the analytic one, (n,); asked
+#: about the n <= W windows whose derivatives are trusted at this step
 GateFunction = Callable[[th.Tensor, th.Tensor, int], th.Tensor]
 
 
@@ -103,24 +104,24 @@ def adaptive_gradient(
     :return: gradient, analytic part and gate
     """
     horizon = len(terminated)
-    discount = gamma * (~terminated).to(derivatives.r_x)  # (H, W)
     next_state_adjoint = th.zeros_like(derivatives.r_x[0])  # lambda', (W, ndx)
     next_obs_adjoint = th.zeros_like(critic.v_o[0])  # mu', (W, nobs)
     gradients, analytics, weights = [], [], []
     for t in reversed(range(horizon)):
-        ends = (boundary[t] if t < horizon - 1 else th.ones_like(boundary[t])).unsqueeze(-1)
+        over = terminated[t].unsqueeze(-1)  # nothing follows, whatever the critic says there: zero, not 0 times infinity
+        ends = over | (boundary[t] if t < horizon - 1 else th.ones_like(boundary[t])).unsqueeze(-1)
         next_state_adjoint = th.where(ends, 0.0, next_state_adjoint)
-        next_obs_adjoint = th.where(ends, critic.v_o[t], next_obs_adjoint)
+        next_obs_adjoint = th.where(over, 0.0, th.where(ends, critic.v_o[t], next_obs_adjoint))
         step = WindowDerivatives(*(field[t] for field in derivatives))
-        analytic = step.r_a + discount[t].unsqueeze(-1) * (  # (1)
+        analytic = step.r_a + gamma * (  # (1)
             transposed_product(step.B, next_state_adjoint) + transposed_product(step.O_a, next_obs_adjoint)
         )
-        state_gradient = step.r_x + discount[t].unsqueeze(-1) * (  # (2)
+        state_gradient = step.r_x + gamma * (  # (2)
             transposed_product(step.A, next_state_adjoint) + transposed_product(step.O_x, next_obs_adjoint)
         )
         trusted = valid[t] & th.isfinite(analytic).all(-1) & th.isfinite(state_gradient).all(-1)
         analytic = th.where(trusted.unsqueeze(-1), analytic, 0.0)
-        weight = th.where(trusted, gate(analytic, critic.q_a[t], t), 0.0).unsqueeze(-1)  # (W, 1)
+        weight = gate_weights(gate, analytic, critic.q_a[t], t, trusted).unsqueeze(-1)  # (W, 1)
         gradient = weight * analytic + (1.0 - weight) * critic.q_a[t]  # (3)
         next_state_adjoint = th.where(trusted.unsqueeze(-1), weight * state_gradient, 0.0)  # (4)
         next_obs_adjoint = (1.0 - weight) * critic.q_o[t] + policy_pullback(t, gradient)  # (5)
@@ -128,6 +129,29 @@ def adaptive_gradient(
         analytics.append(analytic)
         weights.append(weight.squeeze(-1))
     return AdaptiveGradient(*(th.stack(values[::-1]) for values in (gradients, analytics, weights)))
+
+
+def gate_weights(gate: GateFunction, analytic: th.Tensor, critic: th.Tensor, step: int, trusted: th.Tensor) -> th.Tensor:
+    """
+    Ask the gate about the trusted samples alone: the zeros that stand for the others would count in its statistics.
+
+    :param gate: the gate
+    :param analytic: shape ``(W, nu)``
+    :param critic: shape ``(W, nu)``
+    :param step: step of the window
+    :param trusted: samples to ask about, shape ``(W,)``, bool
+    :return: weights, 0 for the samples that are not trusted, shape ``(W,)``
+    :raises ValueError: if the gate returns another shape than one weight per sample
+    """
+    weights = analytic.new_zeros(len(analytic))
+    n_trusted = int(trusted.sum())
+    if n_trusted == 0:
+        return weights
+    answer = gate(analytic[trusted], critic[trusted], step)
+    if answer.shape != (n_trusted,):
+        raise ValueError(f"a gate must return one weight per sample, shape ({n_trusted},), got {tuple(answer.shape)}")
+    weights[trusted] = answer.to(weights)
+    return weights
 
 
 def policy_loss(
@@ -140,11 +164,13 @@ def policy_loss(
     :param log_prob: their log-densities, shape ``(n,)``
     :param action_gradients: dJ/da, shape ``(n, nu)``; no gradient flows into them
     :param ent_coef: entropy temperature alpha
-    :param mask: 1 for the samples that count, shape ``(n,)``
+    :param mask: 1 for the samples that count, 0 for the others, shape ``(n,)``
     :return: scalar
     """
-    per_sample = ent_coef * log_prob - (action_gradients.detach() * actions).sum(-1)
-    return (mask * per_sample).sum() / mask.sum().clamp(min=1.0)
+    counts = mask > 0
+    gradients = th.where(counts.unsqueeze(-1), action_gradients.detach(), 0.0)
+    per_sample = ent_coef * log_prob - (gradients * actions).sum(-1)
+    return th.where(counts, per_sample, 0.0).sum() / mask.sum().clamp(min=1.0)
 
 
 def matching_targets(
@@ -166,16 +192,31 @@ def matching_loss(predictions: th.Tensor, targets: th.Tensor) -> th.Tensor:
     """
     Smooth-L1 loss between gradients, each coordinate in units of the batch median of its target.
 
-    The median makes coordinates comparable, and rough transitions, whose targets are huge, count linearly only.
+    The median makes coordinates comparable, and rough transitions, whose targets are huge, count linearly only. The loss
+    does not change when predictions and targets are multiplied by the same factor.
 
     :param predictions: gradients of each critic, shape ``(n_critics, n, k)``
     :param targets: shape ``(n, k)``
     :return: scalar, summed over critics
     """
-    scale = targets.abs().median(dim=0).values
-    scale = scale.clamp(min=1e-3 * scale.max().clamp(min=1e-8))  # (k,)
+    scale = gradient_scale(targets)
     losses = th.nn.functional.smooth_l1_loss(predictions / scale, (targets / scale).expand_as(predictions), reduction="none")
     return losses.mean(dim=(1, 2)).sum()
+
+
+def gradient_scale(targets: th.Tensor) -> th.Tensor:
+    """
+    Unit of each coordinate of a batch of gradients: the median of its absolute values.
+
+    :param targets: shape ``(n, k)``
+    :return: positive, not less than a thousandth of the largest; the mean over all coordinates where every median is
+        zero, 1 where every target is, so that no unit is so small that the loss explodes; shape ``(k,)``
+    """
+    magnitudes = targets.abs()
+    medians = magnitudes.median(dim=0).values
+    largest, mean = medians.max(), magnitudes.mean()
+    fallback = th.where(mean > 0.0, mean, 1.0)
+    return th.where(largest > 0.0, medians.clamp(min=1e-3 * largest), fallback)
 
 
 def gradient_statistics(adaptive: AdaptiveGradient, q_a: th.Tensor, mask: th.Tensor) -> dict[str, float]:

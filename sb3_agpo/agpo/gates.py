@@ -3,14 +3,27 @@ Gates: how much of the policy gradient comes through the simulator.
 
 The published abstract says that the gradient is taken from the Q function where the variance of batched gradients marks a
 simulated transition as rough; it does not give the rule. Each rule here is one, and any callable of the same signature
-will do.
+will do. Where gradients that are infinite, or overflow when squared, leave a rule undefined, its weight is 0.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch as th
+
+
+def check_positive(name: str, value: float) -> None:
+    """
+    Check a constructor argument.
+
+    :param name: what to call it
+    :param value: its value
+    :raises ValueError: if it is not positive and finite
+    """
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"`{name}` must be positive and finite, got {value!r}; usual values are 1 to 100")
 
 
 class Gate(ABC):
@@ -19,7 +32,7 @@ class Gate(ABC):
     @abstractmethod
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """
-        Weigh a batch of gradients of one window step.
+        Weigh a batch of gradients of one window step: those whose derivatives are trusted, at least one.
 
         :param analytic: dJ/da through the simulator, shape ``(n, nu)``
         :param critic: dQ/da, shape ``(n, nu)``
@@ -50,22 +63,23 @@ class DisagreementGate(Gate):
     r"""
     Trust a sample's analytic gradient as far as it agrees with the critic's.
 
-    :math:`w = c\,m / (c\,m + |g^{sim}_a - g^Q_a|^2)` with :math:`m` the batch mean of :math:`|g^Q_a|^2`.
+    :math:`w = c\,m / (c\,m + |g^{sim}_a - g^Q_a|^2)` with :math:`m` the batch mean of :math:`|g^Q_a|^2`; 1 where both
+    gradients are equal, even if they are zero.
 
     :param tolerance: c; larger trusts the simulator more. Usual range 1 to 100
-    :raises ValueError: if it is not positive
+    :raises ValueError: if it is not positive and finite
     """
 
     def __init__(self, tolerance: float = 8.0) -> None:
-        if not tolerance > 0.0:
-            raise ValueError(f"`tolerance` must be positive, got {tolerance!r}; usual values are 1 to 100")
+        check_positive("tolerance", tolerance)
         self.tolerance = tolerance
 
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """See :class:`Gate`."""
         scale = self.tolerance * critic.square().sum(-1).mean()
         distance = (analytic - critic).square().sum(-1)
-        return scale / (scale + distance).clamp(min=1e-12)
+        weight = th.where(distance == 0.0, 1.0, scale / (scale + distance))
+        return weight.nan_to_num(nan=0.0)
 
 
 def batch_variance(gradients: th.Tensor) -> th.Tensor:
@@ -82,26 +96,29 @@ class VarianceSwitch(Gate):
     """
     All or nothing per window step: the simulator, unless the batch variance of its gradients is too large.
 
+    A single sample has no variance and counts as smooth.
+
     :param ratio: largest variance of the analytic gradients, in units of the variance of the critic's, that is trusted
-    :raises ValueError: if it is not positive
+    :raises ValueError: if it is not positive and finite
     """
 
     def __init__(self, ratio: float = 8.0) -> None:
-        if not ratio > 0.0:
-            raise ValueError(f"`ratio` must be positive, got {ratio!r}; usual values are 1 to 100")
+        check_positive("ratio", ratio)
         self.ratio = ratio
 
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """See :class:`Gate`."""
-        smooth = batch_variance(analytic) <= self.ratio * batch_variance(critic)
+        variance = batch_variance(analytic)
+        smooth = (variance <= self.ratio * batch_variance(critic)) & variance.isfinite()
         return smooth.to(analytic).expand(len(analytic))
 
 
 class InverseVarianceGate(Gate):
-    """Weigh both gradients of a window step by the inverse of their batch variance."""
+    """Weigh both gradients of a window step by the inverse of their batch variance; equally where neither varies."""
 
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """See :class:`Gate`."""
-        critic_variance = batch_variance(critic)
-        weight = critic_variance / (critic_variance + batch_variance(analytic)).clamp(min=1e-12)
+        variance, critic_variance = batch_variance(analytic), batch_variance(critic)
+        total = variance + critic_variance
+        weight = th.where(total == 0.0, 0.5, critic_variance / total).nan_to_num(nan=0.0)
         return weight.expand(len(analytic))

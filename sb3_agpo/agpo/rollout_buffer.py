@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,6 +90,18 @@ def reward_scale(rewards: FloatArray, normalization: VecNormalize | None) -> Flo
     return ((np.abs(rewards / deviation) < normalization.clip_reward) / deviation).astype(np.float32)
 
 
+def storable(fields: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """
+    Transitions that are finite in float32, in which networks compute; one that is not would ruin their weights for good.
+
+    :param fields: arrays of shape ``(n, ...)``
+    :return: shape ``(n,)``
+    """
+    largest = np.finfo(np.float32).max
+    within = [(np.abs(field) <= largest).reshape(len(field), -1).all(axis=1) for field in fields.values()]  # False for NaN
+    return np.logical_and.reduce(within)
+
+
 def _over(scale: FloatArray | float, field: FloatArray, axes: int) -> FloatArray:
     """Multiply ``field`` by ``scale``, which lacks the last ``axes`` axes."""
     if isinstance(scale, float):
@@ -158,17 +171,26 @@ class DifferentiableRolloutBuffer:
         self._n_differentiated = len(self._transitions)
         return pending
 
+    def discard_windows(self) -> None:
+        """Forget the steps that :meth:`windows` gives, and keep those that still wait for their derivatives."""
+        del self._transitions[: self._n_differentiated]
+        self._derivatives.clear()
+        self._n_differentiated = 0
+
     def windows(self, normalization: VecNormalize | None = None) -> RolloutWindows:
         """
-        Cut everything stored into windows.
+        Cut all steps that have their derivatives into windows.
 
         :param normalization: the environment's ``VecNormalize``, whose current statistics are applied
         :return: the windows
+        :raises ValueError: if there is no such step
         """
-        steps = Transition(*(np.stack(fields) for fields in zip(*self._transitions, strict=True)))  # (T, n_envs, ...)
-        n_steps = len(steps.rewards)
+        if self._n_differentiated == 0:
+            raise ValueError("there are no steps with derivatives to cut into windows; wait until the buffer is `full`")
+        ready = self._transitions[: self._n_differentiated]
+        steps = Transition(*(np.stack(fields) for fields in zip(*ready, strict=True)))  # (T, n_envs, ...)
         derivatives = TransitionDerivatives(*(np.concatenate(f) for f in zip(*self._derivatives, strict=True)))
-        derivatives = TransitionDerivatives(*(f.reshape(n_steps, self.n_envs, *f.shape[1:]) for f in derivatives))
+        derivatives = TransitionDerivatives(*(f.reshape(len(ready), self.n_envs, *f.shape[1:]) for f in derivatives))
         obs, next_obs, scale_next = self._normalized(steps, normalization)
         scale_r = reward_scale(steps.rewards, normalization)
         boundary = steps.done.copy()
@@ -182,7 +204,7 @@ class DifferentiableRolloutBuffer:
             "terminated": steps.terminated,
             "boundary": boundary,
             "valid": derivatives.valid,
-            "mask": np.ones((n_steps, self.n_envs), dtype=np.float32),
+            "mask": np.ones((len(ready), self.n_envs), dtype=np.float32),
             "A": derivatives.A,
             "B": derivatives.B,
             "O_x": _over(scale_next, derivatives.O_x, 1),
@@ -218,7 +240,8 @@ class DerivativeReplayBuffer:
     """
     The most recent transitions with their derivatives, within a memory budget, for the critic's gradient matching.
 
-    Memory is reserved at the first transition, when its sizes are known, and grows into use as transitions come.
+    Memory is reserved at the first transition, when its sizes are known, and grows into use as transitions come. Samples
+    are drawn with NumPy's global generator, as those of SB3's buffers are, so that SB3's seed covers them.
 
     :param capacity: most transitions to keep
     :param memory_bytes: most bytes to use; lowers the capacity where derivatives are large
@@ -253,7 +276,6 @@ class DerivativeReplayBuffer:
         :param transitions: steps of all environments, oldest first
         :param derivatives: of the same steps, environment by environment within each step
         """
-        valid = derivatives.valid
         stacked = Transition(*(np.concatenate(fields) for fields in zip(*transitions, strict=True)))
         new = {
             "observations": stacked.observations,
@@ -265,10 +287,11 @@ class DerivativeReplayBuffer:
         }
         if not self._fields:
             self._allocate(new)
-        count = min(int(valid.sum()), self.capacity)
+        chosen = np.flatnonzero(derivatives.valid & storable(new))[-self.capacity :]
+        count = len(chosen)
         index = (self.position + np.arange(count)) % self.capacity
         for name, values in new.items():
-            self._fields[name][index] = values[valid][-count:] if count else 0.0
+            self._fields[name][index] = values[chosen]
         self.position = (self.position + count) % self.capacity
         self.size = min(self.size + count, self.capacity)
 
@@ -278,6 +301,16 @@ class DerivativeReplayBuffer:
         self.capacity = max(1, min(self.capacity, self.memory_bytes // per_transition))
         self._fields = {n: np.zeros((self.capacity, *v.shape[1:]), dtype=np.float32) for n, v in example.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Reserved memory that is not in use yet would make a pickle as large as the whole budget
+        return {**self.__dict__, "_fields": {name: field[: self.size] for name, field in self._fields.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name, used in state["_fields"].items():
+            self._fields[name] = np.zeros((self.capacity, *used.shape[1:]), dtype=np.float32)
+            self._fields[name][: self.size] = used
+
     def sample(self, batch_size: int, normalization: VecNormalize | None = None) -> DerivativeSamples:
         """
         Draw transitions with replacement.
@@ -285,7 +318,10 @@ class DerivativeReplayBuffer:
         :param batch_size: number of transitions
         :param normalization: the environment's ``VecNormalize``, whose current statistics are applied
         :return: the samples
+        :raises ValueError: if there is nothing to draw from
         """
+        if self.size == 0:
+            raise ValueError("there are no transitions with valid derivatives to sample from; check `size` first")
         index = np.random.randint(0, self.size, size=batch_size)
         batch = {name: field[index] for name, field in self._fields.items()}
         if normalization is not None:

@@ -218,8 +218,8 @@ class EvaluationCallback(BaseCallback):
         self.record(
             {
                 "steps": self.num_timesteps,
-                # Finite-difference rows, of which each one is one simulated environment step.
-                "simulator_calls": self.num_timesteps + int(getattr(self.model, "simulator_calls", 0)),
+                # AGPO counts the rows of its finite differences too: each one is one more simulated environment step.
+                "simulator_calls": int(getattr(self.model, "simulator_calls", self.num_timesteps)),
                 "seconds": round(seconds, 3),
                 "cpu_seconds": round(cpu_seconds, 3),
                 **_summary(returns),

@@ -1,0 +1,412 @@
+"""The benchmark's ``learning`` command, with small real runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from torch import nn
+
+import sb3_agpo
+from sb3_agpo.benchmark import learning, records
+from sb3_agpo.benchmark.__main__ import main
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
+from sb3_agpo.benchmark.records import RunKey
+from sb3_agpo.benchmark.run import Evaluator, LearningClock, RunPlan, learn
+
+TASK = "InvertedPendulum-v5"
+TINY = ["policy_kwargs.net_arch=[8]", "batch_size=8", "train_freq=4", "buffer_size=1000"]
+REPOSITORY = Path(sb3_agpo.__file__).resolve().parents[1]
+
+
+def arguments(output: Path, *changes: str, algorithms: str = "random sac") -> list[str]:
+    """Command line of a small run."""
+    return [
+        "learning", "--algorithms", *algorithms.split(), "--envs", TASK, "--seeds", "0", "--steps", "300",
+        "--eval-every", "128", "--output", str(output), "--set", *TINY, *changes,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV file with a finished run of SAC and of the random policy; models are beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    output = folder / "learning.csv"
+    assert main(arguments(output, "--models", str(folder / "models"), "--save-at", "128", "300")) == 0
+    return output
+
+
+def test_rows(finished: Path) -> None:
+    """Every evaluation is a row, with what the report needs."""
+    rows = records.read_rows(finished)
+    assert (
+        finished.read_text()
+        .splitlines()[0]
+        .startswith(
+            "algorithm,env,seed,steps,simulator_calls,seconds,return,return_std,cpu_seconds,episodes,n_envs,threads,python,torch,"
+            "stable_baselines3,gymnasium,mujoco,sb3_agpo,git_commit,settings"
+        )
+    )
+    assert [(row["algorithm"], row["steps"], row["episodes"]) for row in rows] == [
+        ("random", "0", "20"),
+        ("sac", "128", "5"),
+        ("sac", "256", "5"),
+        ("sac", "300", "10"),
+    ]
+    sac = rows[1:]
+    assert all(row["simulator_calls"] == row["steps"] and float(row["return"]) > 0 for row in sac)
+    seconds = [float(row["seconds"]) for row in sac]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+    assert all(0 < float(row["cpu_seconds"]) for row in sac)
+    assert {row["n_envs"] for row in sac} == {"1"}
+    assert records.read_all(finished) == rows  # nothing is left of the unfinished run
+    assert [path.name for path in records.partial_folder(finished).iterdir()] == [".lock"]
+
+
+def test_settings_file(finished: Path) -> None:
+    """The hash in a row stands for all hyperparameters, defaults included."""
+    settings = json.loads(records.settings_path(finished).read_text())
+    sac = settings[records.read_rows(finished)[1]["settings"]]
+    assert sac["algorithm"] == "stable_baselines3.sac.sac.SAC"
+    assert sac["arguments"]["batch_size"] == 8
+    assert sac["arguments"]["tau"] == 0.005  # a default of SAC
+    assert sac["arguments"]["policy_kwargs"]["net_arch"] == [8]
+    assert sac["arguments"]["policy_kwargs"]["n_critics"] == 2  # a default of its policy
+    assert not {"env", "seed", "verbose"} & set(sac["arguments"])
+
+
+def test_models(finished: Path) -> None:
+    """Models are saved at the steps asked for."""
+    models = finished.parent / "models"
+    assert sorted(path.name for path in models.iterdir()) == [f"sac-{TASK}-0-128.zip", f"sac-{TASK}-0-300.zip"]
+    assert SAC.load(models / f"sac-{TASK}-0-128.zip").num_timesteps == 128
+
+
+def test_finished_runs_are_skipped(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command again does nothing."""
+    before = finished.read_bytes()
+    assert main(arguments(finished)) == 0
+    assert "2 runs: 2 finished, 0 finished but different, 0 to do" in capsys.readouterr().out
+    assert finished.read_bytes() == before
+
+
+def test_other_settings_are_not_mixed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs with other settings are kept and said to be different, until ``--redo``."""
+    before = finished.read_bytes()
+    changed = arguments(finished, "--set", "tau=0.01")
+    assert main(changed) == 1
+    captured = capsys.readouterr()
+    old = records.read_rows(finished)[1]["settings"]
+    assert "2 runs: 1 finished, 1 finished but different, 0 to do" in captured.out
+    assert f"kept, not redone without --redo: sac on {TASK}, seed 0 is finished, but settings was {old}, is " in captured.err
+    assert finished.read_bytes() == before
+    assert main([*changed, "--redo", "--dry-run"]) == 0
+    assert f"to do: sac on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
+    # Another label is another run.
+    assert main([*arguments(finished, "--label", "slow-target", algorithms="sac"), "--dry-run"]) == 0
+    assert f"to do: slow-target on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
+
+
+def test_other_versions_are_not_mixed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the library; the version of this package matters only to its own algorithms."""
+    rows = records.read_rows(finished)
+    key = records.key_of(rows[1])
+    changed = [row | {"torch": "1.0", "sb3_agpo": "0.0"} for row in rows]
+    assert learning.differences(key, False, changed) == f"torch was 1.0, is {rows[1]['torch']}"
+    assert "sb3_agpo was 0.0" in str(learning.differences(key, True, changed))
+    assert learning.differences(key, True, rows) == ""
+    assert learning.differences(key._replace(seed=1), True, rows) is None
+
+
+def test_merging_replaces_the_run(tmp_path: Path, finished: Path) -> None:
+    """A redone run takes the place of the old one, whatever that one's settings; other runs stay."""
+    rows = records.read_rows(finished)
+    output = tmp_path / "learning.csv"
+    output.write_text(records.to_csv(rows, header=True))
+    key = records.key_of(rows[1])._replace(settings="00000000")
+    records.merge_run(output, key, [rows[3] | {"settings": "00000000"}])
+    assert [(row["algorithm"], row["settings"]) for row in records.read_rows(output)] == [
+        ("random", rows[0]["settings"]),
+        ("sac", "00000000"),
+    ]
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_killed_run_is_resumed(tmp_path: Path) -> None:
+    """After a kill the partial rows can be seen, the child has ended, and the same command completes the run."""
+    output = tmp_path / "learning.csv"
+    command = arguments(output, "--steps", "800", "--eval-every", "100", algorithms="sac")
+    folder = records.partial_folder(output)
+    paths = os.pathsep.join([str(REPOSITORY), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sb3_agpo.benchmark", *command],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(records.read_all(output)) >= 2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (partial,) = folder.glob("*.csv")
+
+    def lock_is_free() -> bool:
+        with partial.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    wait_for(lock_is_free)
+    assert not output.exists()
+    left = records.read_all(output)
+    assert 2 <= len(left) < 8
+    assert main(command) == 0
+    rows = records.read_rows(output)
+    assert [int(row["steps"]) for row in rows] == list(range(100, 801, 100))
+    assert [row["return"] for row in rows[: len(left)]] == [row["return"] for row in left]  # seeded, from the start
+    assert not list(folder.glob("*.csv"))
+
+
+def test_crash_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that fails is reported, the next one is done, and the exit code tells."""
+    output = tmp_path / "learning.csv"
+    assert main(arguments(output, "nonsense=1", algorithms="sac random")) == 1
+    captured = capsys.readouterr()
+    assert f"sac on {TASK}, seed 0: FAILED, exit code 1" in captured.out
+    assert "nonsense" in captured.out
+    assert "1 of 2 runs failed" in captured.err
+    assert [row["algorithm"] for row in records.read_rows(output)] == ["random"]
+
+
+def test_run_in_progress_elsewhere_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two benchmarks on one file share the work."""
+    output = tmp_path / "learning.csv"
+    key = RunKey("random", TASK, 0, find_algorithm("random").settings_hash(), 0)
+    path = records.partial_path(output, key)
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(arguments(output, algorithms="random")) == 0
+    assert "left out, another process is at it" in capsys.readouterr().out
+    assert not output.exists()
+
+
+def test_cut_off_line_is_dropped(tmp_path: Path, finished: Path) -> None:
+    """A crash in the middle of a line costs that line only; a file of another kind is refused."""
+    text = finished.read_text()
+    path = tmp_path / "cut.csv"
+    path.write_text(text[:-20])
+    assert records.read_rows(path) == records.read_rows(finished)[:-1]
+    path.write_text("algorithm,env\nsac,Hopper-v5\n")
+    with pytest.raises(ValueError, match=r"lacks the columns .*budget"):
+        records.read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--seeds", "3-1"], "'3-1' is no seed"),
+        (["--seeds", "x"], "'x' is no seed"),
+        (["--set", "tau"], "not of the form key=value"),
+        (["--set", "ent_coef=auto"], "is no Python literal"),
+        (["--set", "policy_kwargs.activation_fn=torch.nn.Silu"], "no module class"),
+        (["--set", "tau.x=1", "tau=0.1", "tau.y=1"], "not a dictionary"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--label", "mine"], "names one algorithm, but 2"),
+        (["--envs", "NoSuchTask-v0"], "unknown task 'NoSuchTask-v0'"),
+        (["--algorithms", "sacc"], "unknown algorithm 'sacc'"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str) -> None:
+    """Wrong options end with a message that names the value, and nothing is written."""
+    assert main(arguments(tmp_path / "learning.csv", *changes)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_parsing() -> None:
+    """Seeds and changes of settings as written on the command line."""
+    assert learning.parse_seeds(["7", "0-2", "2"]) == [7, 0, 1, 2]
+    parsed = learning.parse_overrides(["ent_coef='auto_0.1'", "policy_kwargs={'net_arch': [4]}", "a.b=torch.nn.SiLU"])
+    assert parsed == {"ent_coef": "auto_0.1", "policy_kwargs": {"net_arch": [4]}, "a.b": nn.SiLU}
+    assert torch_module("Tanh") is nn.Tanh
+
+
+def test_every_algorithm_is_defined() -> None:
+    """Each name is an algorithm with settings of its own."""
+    specs = {name: find_algorithm(name) for name in NAMES}
+    assert len({spec.settings_hash() for spec in specs.values()}) == len(NAMES)
+    assert [name for name, spec in specs.items() if spec.own] == [name for name in NAMES if name.startswith("agpo")]
+    assert specs["agpo-q-nomatch"].kwargs["gradient_mode"] == "q"
+    assert specs["agpo-q-nomatch"].kwargs["critic_grad_coef"] == 0
+    assert "critic_grad_coef" not in specs["agpo-analytic"].kwargs
+
+
+def test_settings_hash() -> None:
+    """It changes with the number of environments and with every argument, and with nothing else."""
+    spec = find_algorithm("sac")
+    assert spec.settings_hash() == find_algorithm("sac").settings_hash()
+    assert spec.settings_hash() != find_algorithm("sac", n_envs=2).settings_hash()
+    assert spec.settings_hash() != find_algorithm("sac", overrides={"policy_kwargs.use_expln": True}).settings_hash()
+    # Writing a default down changes nothing.
+    assert spec.settings_hash() == find_algorithm("sac", overrides={"tau": 0.005}).settings_hash()
+
+
+def test_overrides_leave_the_algorithm_alone() -> None:
+    """A change to one selection is no change to the next."""
+    changed = find_algorithm("sac-fast", overrides={"policy_kwargs.net_arch": [8]})
+    assert changed.kwargs["policy_kwargs"]["net_arch"] == [8]
+    assert "net_arch" not in find_algorithm("sac-fast").kwargs["policy_kwargs"]
+
+
+def plan_of(spec: AlgorithmSpec, budget: int, eval_every: int) -> RunPlan:
+    """A run in this process."""
+    return RunPlan(RunKey(spec.name, TASK, 0, "", budget), spec.name, Path("learning.csv"), eval_every)
+
+
+def test_fast_sac_learns_with_layer_norm(tmp_path: Path) -> None:
+    """``sac-fast``: many environments, which overshoot; normalised layers in critics and targets; can be saved."""
+    spec = find_algorithm("sac-fast", overrides={"policy_kwargs.net_arch": [8, 8], "learning_starts": 32, "gradient_steps": 1})
+    rows: list[dict[str, Any]] = []
+    learn(plan_of(spec, 128, 50), spec, rows.append)
+    assert [row["steps"] for row in rows] == [64, 112, 128]
+    model = SAC(env=make_vec_env(TASK), **spec.kwargs)
+    assert isinstance(model.policy, LayerNormSACPolicy)
+    for critic in (model.critic, model.critic_target):
+        assert len(critic.q_networks) == 2
+        for network in critic.q_networks:
+            assert isinstance(network, nn.Sequential)
+            layers = [type(layer) for layer in network]
+            assert layers == [nn.Linear, nn.LayerNorm, nn.SiLU, nn.Linear, nn.LayerNorm, nn.SiLU, nn.Linear]
+    model.save(tmp_path / "model.zip")
+    observation = np.zeros(4)
+    loaded = SAC.load(tmp_path / "model.zip")
+    np.testing.assert_array_equal(
+        loaded.predict(observation, deterministic=True)[0], model.predict(observation, None, None, True)[0]
+    )
+
+
+class CountingSAC(SAC):
+    """An algorithm that simulates more steps than it takes."""
+
+    @property
+    def simulator_calls(self) -> int:
+        """Ten simulated steps for each one taken."""
+        return 10 * self.num_timesteps
+
+
+def test_simulator_calls_are_those_of_the_algorithm() -> None:
+    """Algorithms that count their simulated steps are believed."""
+    spec = AlgorithmSpec("counting", CountingSAC, 1, {"policy": "MlpPolicy", "policy_kwargs": {"net_arch": [4]}})
+    rows: list[dict[str, Any]] = []
+    learn(plan_of(spec, 60, 40), spec, rows.append)
+    assert [row["simulator_calls"] for row in rows] == [400, 600]
+
+
+def test_evaluation_is_the_same_for_all() -> None:
+    """Initial states are always the same, episodes that end early do not disturb the others."""
+    evaluator = Evaluator(TASK)
+    starts: list[np.ndarray] = []
+
+    def choose(observations: np.ndarray) -> np.ndarray:
+        starts.append(observations.copy())
+        return np.zeros((len(observations), 1), dtype=np.float32)
+
+    first = evaluator.play(choose, 5)
+    start = starts[0]
+    starts.clear()
+    second = evaluator.play(choose, 3)
+    np.testing.assert_array_equal(starts[0], start[:3])
+    assert second == first[:3]
+    env = gym.make(TASK)
+    total, done = 0.0, False
+    env.reset(seed=1_000_000)
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(np.zeros(1, dtype=np.float32))
+        total += float(reward)
+        done = terminated or truncated
+    assert first[0] == total
+    assert evaluator.play_random(3, 4) == evaluator.play_random(3, 4) != evaluator.play_random(4, 4)
+
+
+def burn(seconds: float) -> None:
+    """Use the processor."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_clock_leaves_out_what_is_paused() -> None:
+    """Only what lies between start and stop counts; sleeping is wall-clock time only."""
+    env = make_vec_env("Pendulum-v1")
+    clock = LearningClock(env)
+    clock.start()
+    burn(0.05)
+    time.sleep(0.1)
+    clock.stop()
+    burn(0.2)
+    clock.stop()
+    seconds, cpu_seconds = clock.read()
+    assert seconds >= 0.15
+    assert 0.05 <= cpu_seconds < 0.1
+
+
+def test_evaluations_take_no_learning_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow an evaluation is, times and returns of the run do not show it."""
+
+    def slow(evaluator: Evaluator, model: Any, episodes: int) -> list[float]:
+        burn(1.0)
+        return [0.0] * episodes
+
+    monkeypatch.setattr(Evaluator, "play_model", slow)
+    spec = find_algorithm("sac", overrides={"policy_kwargs.net_arch": [4], "learning_starts": 1000})
+    rows: list[dict[str, Any]] = []
+    learn(plan_of(spec, 60, 20), spec, rows.append)
+    assert len(rows) == 3
+    assert rows[-1]["seconds"] < 1.0
+    assert rows[-1]["cpu_seconds"] < 0.5
+
+
+class Busy(gym.Wrapper[Any, Any, Any, Any]):
+    """A slow environment."""
+
+    def step(self, action: Any) -> Any:
+        """Take a step."""
+        burn(0.1)
+        return self.env.step(action)
+
+
+def test_clock_counts_environment_processes() -> None:
+    """Processor time of environments in processes of their own is part of learning."""
+    env = make_vec_env(
+        "Pendulum-v1", 2, wrapper_class=Busy, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}
+    )
+    env.reset()
+    clock = LearningClock(env)
+    clock.start()
+    env.step(np.zeros((2, 1), dtype=np.float32))
+    clock.stop()
+    env.close()
+    assert clock.read()[1] >= 0.15

@@ -1,0 +1,268 @@
+"""The benchmark's ``report`` command, on runs whose statistics were worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from sb3_agpo.benchmark import records
+from sb3_agpo.benchmark.__main__ import main
+from sb3_agpo.benchmark.report import number
+from sb3_agpo.benchmark.results import Reached, load
+from sb3_agpo.benchmark.statistics import bootstrap_interval, first_reached, interquartile_mean, mean, performance_profile
+
+HOPPER, CHEETAH = "Hopper-v5", "HalfCheetah-v5"
+
+
+def run(algorithm: str, env: str, seed: int, returns: Sequence[float], **changes: Any) -> list[dict[str, Any]]:
+    """
+    Rows of a run evaluated every 5000 steps.
+
+    :param returns: the last one is at the end of the budget
+    :param changes: columns with another value; ``second`` is the seconds per 1000 steps, ``overshoot`` is added to steps
+    """
+    budget = 5000 * len(returns)
+    second, overshoot = changes.pop("second", 1.0), changes.pop("overshoot", 0)
+    constants = {
+        **dict.fromkeys(records.COLUMNS, ""), **records.versions(), "algorithm": algorithm, "env": env, "seed": seed,
+        "budget": budget, "eval_every": 5000, "threads": 1, "n_envs": 1, "machine": "Abacus, 1 cores", "git_commit": "abc1234",
+        "settings": f"hash-{algorithm}", **changes,
+    }  # fmt: skip
+    rows = []
+    for i, value in enumerate(returns):
+        steps = 5000 * (i + 1) + overshoot
+        times = {"seconds": second * steps / 1000, "cpu_seconds": 2 * second * steps / 1000}
+        rows.append(constants | times | {"steps": steps, "simulator_calls": 3 * steps, "return": value, "return_std": 0})
+    return rows
+
+
+def random_row(env: str, value: float) -> dict[str, Any]:
+    """The row of the random policy."""
+    return run("random", env, 0, [value])[0] | {"steps": 0, "simulator_calls": 0, "budget": 0}
+
+
+def write_csv(path: Path, *runs: list[dict[str, Any]] | dict[str, Any]) -> Path:
+    """Write rows as ``learning`` does."""
+    rows = [row for rows in runs for row in (rows if isinstance(rows, list) else [rows])]
+    path.write_text(records.to_csv(rows, header=True))
+    return path
+
+
+@pytest.fixture
+def two_tasks(tmp_path: Path) -> Path:
+    """SAC and AGPO on two tasks with two seeds each."""
+    return write_csv(
+        tmp_path / "learning.csv",
+        random_row(HOPPER, 0),
+        random_row(CHEETAH, -100),
+        run("sac", HOPPER, 0, [10, 50, 90], second=2),
+        run("sac", HOPPER, 1, [30, 70, 110], second=4),  # final mean 100: scores 0.9 and 1.1
+        run("sac", CHEETAH, 0, [0, 100]),
+        run("sac", CHEETAH, 1, [0, 300]),  # final mean 200: scores 2/3 and 4/3
+        run("agpo-adaptive", HOPPER, 0, [80, 110, 200], overshoot=8, n_envs=16),
+        run("agpo-adaptive", HOPPER, 1, [100, 120, 300], overshoot=8, n_envs=16),  # scores 2 and 3
+        run("agpo-adaptive", CHEETAH, 0, [0, 200], overshoot=8, n_envs=16),
+        run("agpo-adaptive", CHEETAH, 1, [0, 1100], overshoot=8, n_envs=16),  # scores 1 and 4
+    )
+
+
+def test_interquartile_mean_by_hand() -> None:
+    """A quarter is cut off at either end, rounded down."""
+    assert interquartile_mean([100, 1, 2, 3, 4, 5, 6, -100]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert interquartile_mean([9, 1, 2, 3, 1000]) == pytest.approx((2 + 3 + 9) / 3)
+    assert interquartile_mean([1, 2, 6]) == 3
+    np.testing.assert_allclose(interquartile_mean([[1, 5, 9, 100], [0, 0, 2, 2]], axis=1), [7, 1])
+
+
+def test_bootstrap_interval() -> None:
+    """It agrees with SciPy's for one task, does not mix tasks, and is always the same."""
+    values = np.random.default_rng(1).normal(size=30)
+    low, high = bootstrap_interval([values], mean)
+    reference = scipy.stats.bootstrap((values,), np.mean, method="percentile", random_state=0).confidence_interval
+    assert low == pytest.approx(reference.low, abs=0.03)
+    assert high == pytest.approx(reference.high, abs=0.03)
+    assert bootstrap_interval([values], mean) == (low, high)
+    # Runs of a task are alike: nothing is random, however different the tasks are.
+    assert bootstrap_interval([[1.0] * 5, [100.0] * 5], mean) == (50.5, 50.5)
+    lows, highs = bootstrap_interval([np.zeros((4, 3)), np.ones((4, 3))], interquartile_mean)
+    assert lows.tolist() == highs.tolist() == [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="no runs"):
+        bootstrap_interval([[]], mean)
+
+
+def test_performance_profile() -> None:
+    """The fraction of runs that is strictly better."""
+    assert performance_profile([0, 0.5, 1, 2], np.array([-1, 0, 0.5, 1.5, 2])).tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_first_reached() -> None:
+    """The first evaluation counts, falling back later does not matter."""
+    assert first_reached([1, 5, 3, 6], 5) == 1
+    assert first_reached([np.nan, 1, 7], 5) == 2
+    assert first_reached([1, 2], 5) is None
+
+
+def test_scores_by_hand(two_tasks: Path) -> None:
+    """Normalised scores at equal steps and their interquartile mean."""
+    results = load(two_tasks)
+    assert (results.algorithms, results.tasks) == (["sac", "agpo-adaptive"], [CHEETAH, HOPPER])
+    assert results.budgets == {HOPPER: 15000, CHEETAH: 10000}
+    assert results.random == {HOPPER: 0, CHEETAH: -100}
+    assert results.scale(CHEETAH) == (-100, 200)
+    for scores, expected in zip(results.scores("sac"), [[2 / 3, 4 / 3], [0.9, 1.1]], strict=True):
+        np.testing.assert_allclose(scores, expected)
+    assert [scores.tolist() for scores in results.scores("agpo-adaptive")] == [[1, 4], [2, 3]]
+    # Of 1, 2, 3, 4 the middle half.
+    assert interquartile_mean(np.concatenate(results.scores("agpo-adaptive"))) == 2.5
+    # Resampled means of [1, 4] and [2, 3]: all four at the extremes give 1, 1, 2, 2 and 4, 4, 3, 3.
+    assert bootstrap_interval(results.scores("agpo-adaptive"), interquartile_mean) == (1.5, 3.5)
+
+
+def test_time_to_threshold_by_hand(two_tasks: Path) -> None:
+    """The seed mean decides, steps are nominal, times are means over seeds."""
+    results = load(two_tasks)
+    # SAC: 20, 60, 100 reaches 100 at the end, after 30 s and 60 s.
+    assert results.reach("sac", HOPPER) == Reached(15000, 45000, 45, 90)
+    # AGPO: 90, 115, 250 reaches it second, although one seed has it at once.
+    reached = results.reach("agpo-adaptive", HOPPER)
+    assert reached is not None
+    np.testing.assert_allclose(astuple(reached), [10000, 3 * 10008, 10.008, 20.016])
+    assert results.reach("tqc", HOPPER) is None
+
+
+def test_slower_algorithm_does_not_reach(tmp_path: Path) -> None:
+    """Below the baseline's final return there is no time, above it before the end there is."""
+    path = write_csv(
+        tmp_path / "learning.csv",
+        run("sac", HOPPER, 0, [10, 120, 100]),
+        run("ppo", HOPPER, 0, [10, 50, 99.9]),
+    )
+    results = load(path)
+    assert results.reach("ppo", HOPPER) is None
+    # The baseline itself got there before it fell back.
+    assert results.reach("sac", HOPPER) == Reached(10000, 30000, 10, 20)
+
+
+def test_report(two_tasks: Path, tmp_path: Path) -> None:
+    """Tables, figures, commands and circumstances are all there."""
+    output = tmp_path / "report"
+    assert main(["report", "--input", str(two_tasks), "--output", str(output)]) == 0
+    text = (output / "report.md").read_text()
+    assert "| HalfCheetah-v5, 10k steps | 200 [100, 300] (2) | **650 [200, 1100] (2)** | -100 |" in text
+    assert "| IQM of scores | 1.00 [0.78, 1.22] | 2.50 [1.50, 3.50] | 0 |" in text
+    assert "| tasks, runs in the IQM | 2/2, 4 | 2/2, 4 | – |" in text
+    assert "| Hopper-v5 | 15,000 (1.00x) | 10,000 (0.67x) |" in text
+    assert "| Hopper-v5 | 45 (1.00x) | 10 (0.22x) |" in text
+    assert "| tasks on which it was reached | 2/2 | 2/2 |" in text
+    assert "--algorithms random sac agpo-adaptive --envs HalfCheetah-v5 --seeds 0 1 --steps 10000" in text
+    assert "--algorithms random sac agpo-adaptive --envs Hopper-v5 --seeds 0 1 --steps 15000" in text
+    assert f"report --input {two_tasks} --output {output}" in text
+    assert "| machine | Abacus, 1 cores |" in text
+    assert f"| mujoco | {records.versions()['mujoco']} |" in text
+    assert "- No runs of `sac-fast`, `tqc`, `crossq`, `ppo`, `agpo-adaptive-nomatch`" in text
+    assert "## Ablation" not in text
+    for name in ("learning_steps.png", "learning_seconds.png", "learning_profile.png"):
+        assert f"]({name})" in text
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablation(two_tasks: Path, tmp_path: Path) -> None:
+    """Variants have a table of their own and stay out of the main ones."""
+    rows = records.read_rows(two_tasks)
+    path = write_csv(tmp_path / "ablation.csv", rows, run("agpo-q-nomatch", HOPPER, 0, [0, 0, 50]))  # type: ignore[arg-type]
+    assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
+    main_part, ablation = (tmp_path / "report.md").read_text().split("## Ablation")
+    assert "critic only" not in main_part
+    assert "| Task | AGPO | AGPO, critic only, without matching | Random |" in ablation
+    assert "| Hopper-v5, 15k steps | **250 [200, 300] (2)** | 50.0 (1) | 0.00 |" in ablation
+    assert "`agpo-q-nomatch` has no finished runs on HalfCheetah-v5." in ablation
+    assert "`agpo-q-nomatch`: its IQM is over fewer tasks than others'" in ablation
+
+
+@pytest.mark.parametrize(
+    ("rows", "note"),
+    [
+        ([run("tqc", HOPPER, 0, [1, 2])], "There are no runs of the baseline `sac`"),
+        ([run("sac", HOPPER, 0, [1, 2])], "Hopper-v5 has no normalised scores: the random policy was not run."),
+        (
+            [random_row(HOPPER, 5), run("sac", HOPPER, 0, [1, 2])],
+            "Hopper-v5 has no normalised scores: `sac` is no better than the random policy.",
+        ),
+        (
+            [run("sac", HOPPER, 0, [1, 2, 3]), run("tqc", HOPPER, 0, [1, 2])],
+            "1 run(s) of `tqc` on Hopper-v5 are left out: shorter than the 15000 steps compared.",
+        ),
+        (
+            [run("sac", HOPPER, 0, [1, 2]), run("sac", HOPPER, 1, [1, 2], torch="0.1")],
+            "Runs were made with different torch (0.1, ",
+        ),
+        (
+            [
+                run("sac", HOPPER, 0, [1, 2]),
+                run("tqc", HOPPER, 1, [1, 2], settings="a"),
+                run("tqc", HOPPER, 0, [1], settings="b"),
+            ],
+            "`tqc` has runs of 2 different settings, shown apart by their hashes.",
+        ),
+    ],
+)
+def test_partial_data(tmp_path: Path, rows: list[Any], note: str) -> None:
+    """Whatever is missing is said, and the report is written all the same."""
+    path = write_csv(tmp_path / "learning.csv", *rows)
+    assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
+    assert note in (tmp_path / "report.md").read_text()
+
+
+def test_settings_are_not_mixed(tmp_path: Path) -> None:
+    """Runs of different settings are different algorithms, which ``--baseline`` can tell apart too."""
+    rows = [run("sac", HOPPER, seed, [1, 2], settings=settings) for seed, settings in enumerate("aab")]
+    path = write_csv(tmp_path / "learning.csv", random_row(HOPPER, 0), *rows)
+    results = load(path, "sac [a]")
+    assert sorted(results.curves) == ["sac [a]", "sac [b]"]
+    assert len(results.scores("sac [a]")[0]) == 2
+
+
+def test_longer_runs_are_compared_at_equal_steps(tmp_path: Path) -> None:
+    """A run of more steps is read where the baseline ends; the baseline's most frequent budget counts."""
+    path = write_csv(
+        tmp_path / "learning.csv",
+        run("sac", HOPPER, 0, [1, 2]),
+        run("sac", HOPPER, 1, [1, 2]),
+        run("sac", HOPPER, 0, [1, 2, 3]),
+        run("tqc", HOPPER, 0, [4, 5, 6, 7]),
+    )
+    results = load(path)
+    assert results.budgets == {HOPPER: 10000}
+    assert results.final("sac", HOPPER).tolist() == [2, 2]
+    assert results.final("tqc", HOPPER).tolist() == [5]
+
+
+def test_unfinished_runs_are_live_only(tmp_path: Path) -> None:
+    """Rows of a run in progress make a curve on demand, and no final return."""
+    path = write_csv(tmp_path / "learning.csv", run("sac", HOPPER, 0, [1, 2, 3]))
+    partial = run("sac", HOPPER, 1, [4, 5, 6])[:2]
+    key = records.key_of({name: str(value) for name, value in partial[0].items()})
+    records.partial_folder(path).mkdir()
+    write_csv(records.partial_path(path, key), partial)
+    assert len(load(path).curves["sac"][HOPPER]) == 1
+    results = load(path, live=True)
+    assert len(results.curves["sac"][HOPPER]) == 2
+    assert results.final("sac", HOPPER).tolist() == [3]
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without rows there is a message instead of an empty report."""
+    assert main(["report", "--input", str(tmp_path / "no.csv"), "--output", str(tmp_path)]) == 2
+    assert "no.csv has no evaluations; run 'python -m sb3_agpo.benchmark learning" in capsys.readouterr().err
+
+
+def test_numbers() -> None:
+    """About three digits, no exponents."""
+    texts = [number(value) for value in (0, 0.994, 9.996, 99.96, -12345.6, float("nan"))]
+    assert texts == ["0.00", "0.99", "10.0", "100", "-12346", "–"]
