@@ -28,7 +28,7 @@ from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, InverseVarianceG
 from sb3_agpo.agpo.squashed_gaussian import squashed_sample
 from sb3_agpo.dynamics.interface import TransitionDerivatives, concatenate
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
-from sb3_agpo.dynamics.torch_env import LinearQuadraticEnv
+from sb3_agpo.dynamics.torch_tasks import LinearQuadraticEnv
 
 NOBS, NU, NDX = 3, 2, 4
 GAMMA, ALPHA = 0.9, 0.3
@@ -243,7 +243,9 @@ def test_nothing_after_an_episode_matters(end: int) -> None:
         derivatives=WindowDerivatives(
             *(th.cat([a[: end + 1], b[end + 1 :]]) for a, b in zip(windows.derivatives, other.derivatives, strict=True))
         ),
-        critic=CriticGradients(*(th.cat([a[: end + 1], b[end + 1 :]]) for a, b in zip(windows.critic, other.critic, strict=True))),
+        critic=CriticGradients(
+            *(th.cat([a[: end + 1], b[end + 1 :]]) for a, b in zip(windows.critic, other.critic, strict=True))
+        ),
         observations=th.cat([windows.observations[: end + 1], other.observations[end + 1 :]]),
     )
     mixed.critic.v_o[end] = th.nan  # a terminal state has no value, whatever the critic says
@@ -384,7 +386,9 @@ def linear_quadratic_gradient(
     bootstrap_x, bootstrap_a = system.q_gradients(x[1:], -x[1:] @ system.K.T)
     policy = system.policy
     critic = CriticGradients(
-        th.as_tensor(q_a), th.as_tensor(q_x @ system.invert), th.as_tensor(bootstrap_x @ system.invert + bootstrap_a @ policy.numpy())
+        th.as_tensor(q_a),
+        th.as_tensor(q_x @ system.invert),
+        th.as_tensor(bootstrap_x @ system.invert + bootstrap_a @ policy.numpy()),
     )
     end = th.zeros(horizon, n, dtype=th.bool)
     result = adaptive_gradient(
@@ -501,7 +505,9 @@ def make_rollout(name: str, horizon: int) -> Rollout:
         env.set_state(qpos, env.data.qvel.copy())
     generator = th.Generator().manual_seed(0)
     nu = env.action_space.shape[0]
-    networks = [th.nn.Sequential(th.nn.Linear(len(obs), 8), th.nn.Tanh(), th.nn.Linear(8, out)).double() for out in (2 * nu, 1)]
+    networks = [
+        th.nn.Sequential(th.nn.Linear(len(obs), 8), th.nn.Tanh(), th.nn.Linear(8, out)).double() for out in (2 * nu, 1)
+    ]
     for parameter in (parameter for network in networks for parameter in network.parameters()):
         th.nn.init.normal_(parameter, std=0.5, generator=generator)
     return Rollout(env, *networks, np.random.default_rng(0).normal(size=(horizon, nu)))
@@ -538,12 +544,12 @@ def test_gradient_equals_differences_of_the_simulated_return(name: str) -> None:
     env.close()
 
 
-def real_gradient(rollout: Rollout, observations: np.ndarray, last: np.ndarray, derivatives: TransitionDerivatives) -> np.ndarray:
+def real_gradient(
+    rollout: Rollout, observations: np.ndarray, last: np.ndarray, derivatives: TransitionDerivatives
+) -> np.ndarray:
     """The analytic gradient of every step of one window, ``(H, nu)``."""
     scale = rollout.env.action_space.high.astype(np.float64)
-    derivatives = derivatives._replace(
-        B=derivatives.B * scale, O_a=derivatives.O_a * scale, r_a=derivatives.r_a * scale
-    )
+    derivatives = derivatives._replace(B=derivatives.B * scale, O_a=derivatives.O_a * scale, r_a=derivatives.r_a * scale)
     horizon, nu = rollout.noise.shape
     last_obs = th.as_tensor(last)[None].requires_grad_(True)
     (v_o,) = th.autograd.grad(rollout.value(last_obs).sum(), last_obs)
@@ -645,7 +651,7 @@ def test_gradient_scale() -> None:
     assert gradient_scale(th.tensor([[3.0, 0.0]])).tolist() == pytest.approx([3.0, 0.003])
 
 
-numbers = st.floats(-1e3, 1e3, width=32) | st.sampled_from([0.0, 1e-30, 1e15, -1e15])
+numbers = st.floats(-1e3, 1e3, width=32) | st.sampled_from([0.0, 1e-6, 1e15, -1e15])
 
 
 @settings(max_examples=100, deadline=None)

@@ -200,7 +200,8 @@ def matching_loss(predictions: th.Tensor, targets: th.Tensor) -> th.Tensor:
     :return: scalar, summed over critics
     """
     scale = gradient_scale(targets)
-    losses = th.nn.functional.smooth_l1_loss(predictions / scale, (targets / scale).expand_as(predictions), reduction="none")
+    errors = (predictions - targets) / scale  # differences first: huge gradients that agree must not become inf - inf
+    losses = th.nn.functional.smooth_l1_loss(errors, th.zeros_like(errors), reduction="none")
     return losses.mean(dim=(1, 2)).sum()
 
 

@@ -22,27 +22,23 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from sb3_agpo.agpo.adaptive_gradient import (
-    AdaptiveGradient,
-    CriticGradients,
-    WindowDerivatives,
-    adaptive_gradient,
-    gradient_statistics,
-    matching_loss,
-    matching_targets,
-    policy_loss,
-)
+from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, Gate
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
     DerivativeReplayBuffer,
     DifferentiableRolloutBuffer,
-    RolloutWindows,
     Transition,
 )
-from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
+from sb3_agpo.agpo.updates import (
+    gaussian_parameters,
+    gradient_matching_loss,
+    replayed_policy_loss,
+    temporal_difference_loss,
+    window_update,
+)
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
-from sb3_agpo.dynamics.provider import VecEnvDynamics, attach_dynamics
+from sb3_agpo.dynamics.provider import VecDynamics, attach_dynamics
 from sb3_agpo.dynamics.recorder import ProviderReport
 
 # psutil tells how much memory is free; as in SB3, the check is left out without it
@@ -230,7 +226,7 @@ class AGPO(OffPolicyAlgorithm):
         self.derivative_memory = derivative_memory
         self.finite_differences = finite_differences or FiniteDifferences()
         self.max_invalid_fraction = max_invalid_fraction
-        self.dynamics: VecEnvDynamics | None = None
+        self.dynamics: VecDynamics | None = None
         self.provider_report = ProviderReport("none", "no environment yet")
         self._nonfinite_in_a_row = 0
         self._valid_history: list[bool] = []
@@ -247,7 +243,8 @@ class AGPO(OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._setup_entropy()
-        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate or self.learning_rate)
+        critic_learning_rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
+        self.critic_lr_schedule = FloatSchedule(critic_learning_rate)
         self.rollout_buffer = DifferentiableRolloutBuffer(self.rollout_size, self.horizon, self.n_envs, self.device)
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
@@ -315,7 +312,7 @@ class AGPO(OffPolicyAlgorithm):
             return super()._sample_action(learning_starts, action_noise, n_envs)
         with th.no_grad():
             observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
-            mean, log_std = self._gaussian(observations)
+            mean, log_std = gaussian_parameters(self.actor, observations)
             noise = th.randn_like(mean)
             scaled = th.tanh(mean + log_std.exp() * noise).cpu().numpy()
         self._acting_noise = noise.cpu().numpy()
@@ -426,69 +423,36 @@ class AGPO(OffPolicyAlgorithm):
     def _current_ent_coef(self) -> th.Tensor:
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
 
-    def _act(self, observations: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Reparametrised actions ``(n, nu)`` and log-densities ``(n,)``."""
-        if self.use_sde:
-            return self.actor.action_log_prob(observations)
-        mean, log_std = self._gaussian(observations)
-        return squashed_sample(mean, log_std, th.randn_like(mean))
-
-    def _gaussian(self, observations: Any) -> tuple[th.Tensor, th.Tensor]:
-        """Mean and log standard deviation before squashing, ``(n, nu)`` each."""
-        mean, log_std, sde = self.actor.get_action_dist_params(observations)
-        if not self.use_sde:
-            return mean, log_std
-        gaussian = self.actor.action_dist.proba_distribution(mean, log_std, **sde).distribution
-        return gaussian.mean, gaussian.stddev.log()
-
-    def _next_values(self, observations: th.Tensor) -> th.Tensor:
-        """V(o'), equation (6), from the target critics, ``(n,)``."""
-        actions, log_prob = self._act(observations)
-        return self.critic_target.q_values(observations, actions).min(0).values - self._current_ent_coef() * log_prob
-
     def _update_critic(self, batch_size: int) -> None:
+        """Temporal differences on replayed transitions, gradient matching on stored derivatives; then the temperature."""
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-        discounts = data.discounts.squeeze(-1) if data.discounts is not None else self.gamma
+        ent_coef = self._current_ent_coef()
         if self.use_sde:
             self.actor.reset_noise()
-        with th.no_grad():
-            next_values = self._next_values(data.next_observations)
-            targets = data.rewards.squeeze(-1) + (1 - data.dones.squeeze(-1)) * discounts * next_values
-        q_values = self.critic.q_values(data.observations, data.actions)
-        loss = 0.5 * (q_values - targets).square().mean(1).sum()
+        loss, log_prob = temporal_difference_loss(self.policy, data, self.gamma, ent_coef)
         self._record("critic_loss", loss.item())
         if self.critic_grad_coef > 0.0 and self.derivative_buffer.size > 0:
-            matching = self._matching_loss()
+            batch = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
+            matching = gradient_matching_loss(self.policy, batch, self.gamma, ent_coef)
             self._record("matching_loss", matching.item())
             loss = loss + self.critic_grad_coef * matching
         self._step(self.critic.optimizer, loss, float("inf"))
-
-    def _matching_loss(self) -> th.Tensor:
-        """Gradient matching, equations (8) and (9)."""
-        batch = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
-        next_obs = batch.next_observations.requires_grad_(True)
-        (next_value_gradient,) = th.autograd.grad(self._next_values(next_obs).sum(), next_obs)
-        discount = self.gamma * (1.0 - batch.terminated)
-        action_targets = matching_targets(batch.r_a, batch.O_a, next_value_gradient, discount)
-        state_targets = matching_targets(batch.r_x, batch.O_x, next_value_gradient, discount)
-        n = self.critic.n_critics
-        obs = batch.observations.expand(n, -1, -1).clone().requires_grad_(True)  # (n_critics, batch, nobs)
-        actions = batch.actions.expand(n, -1, -1).clone().requires_grad_(True)
-        q_values = self.critic.q_networks(th.cat([obs, actions], dim=-1))
-        q_o, q_a = th.autograd.grad(q_values.sum(), (obs, actions), create_graph=True)
-        q_x = th.einsum("nbo,box->nbx", q_o, batch.C)
-        return matching_loss(q_a, action_targets) + matching_loss(q_x, state_targets)
+        self._update_temperature(log_prob)
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
+        """SAC's policy update."""
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-        actions, log_prob = self._act(data.observations)
-        self._update_temperature(log_prob)
-        self.critic.requires_grad_(False)
-        q_values = self.critic.q_values(data.observations, actions).min(0).values
-        loss = (self._current_ent_coef() * log_prob - q_values).mean()
+        self._set_critic_trainable(False)
+        loss = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
         self._record("actor_loss", loss.item())
         self._step(self.actor.optimizer, loss, float("inf"))
-        self.critic.requires_grad_(True)
+        self._set_critic_trainable(True)
+
+    def _set_critic_trainable(self, trainable: bool) -> None:
+        # Not all of the critic's parameters: a features extractor shared with the actor learns from the actor's loss
+        for group in self.critic.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(trainable)
 
     def _update_temperature(self, log_prob: th.Tensor) -> None:
         self._record("ent_coef", self._current_ent_coef().item())
@@ -500,55 +464,12 @@ class AGPO(OffPolicyAlgorithm):
         self._step(self.ent_coef_optimizer, loss, float("inf"))
 
     def _update_policy_from_windows(self) -> None:
+        """The adaptive gradient on fresh windows."""
         windows = self.rollout_buffer.windows(self._vec_normalize_env)
-        steps = [self._act_as_recorded(windows, t) for t in range(self.horizon)]
-        ent_coef = self._current_ent_coef()
-
-        def pullback(t: int, action_gradient: th.Tensor) -> th.Tensor:
-            obs, actions, log_prob = steps[t]
-            outputs = ((action_gradient * actions).sum() - ent_coef * log_prob.sum()).squeeze()
-            return th.autograd.grad(outputs, obs, retain_graph=True)[0]
-
-        critic = self._critic_gradients(windows)
-        gradient = adaptive_gradient(
-            WindowDerivatives(*(getattr(windows, name) for name in WindowDerivatives._fields)),
-            critic,
-            pullback,
-            self._gate(),
-            gamma=self.gamma,
-            terminated=windows.terminated,
-            boundary=windows.boundary,
-            valid=windows.valid,
-        )
-        loss = self._window_loss(steps, gradient, windows.mask)
-        for name, value in gradient_statistics(gradient, critic.q_a, windows.mask).items():
+        update = window_update(self.policy, windows, self._gate(), self.gamma, self._current_ent_coef())
+        for name, value in gradient_statistics(update.gradient, update.critic.q_a, windows.mask).items():
             self._record(name, value)
-        self._record("policy_grad_norm", self._step(self.actor.optimizer, loss, self.max_grad_norm))
-
-    def _act_as_recorded(self, windows: RolloutWindows, t: int) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """Step ``t`` as the policy of now acts with the noise of then: leaf observations, actions, log-densities."""
-        obs = windows.observations[t].requires_grad_(True)
-        mean, log_std = self._gaussian(obs)
-        inferred = infer_noise(windows.actions[t], mean.detach(), log_std.detach())
-        noise = th.where(th.isnan(windows.noise[t]), inferred, windows.noise[t])
-        return obs, *squashed_sample(mean, log_std, noise)
-
-    def _critic_gradients(self, windows: RolloutWindows) -> CriticGradients:
-        obs = windows.observations.detach().flatten(0, 1).requires_grad_(True)
-        actions = windows.actions.flatten(0, 1).requires_grad_(True)
-        next_obs = windows.next_observations.flatten(0, 1).requires_grad_(True)
-        q_values = self.critic.q_values(obs, actions).min(0).values
-        q_o, q_a = th.autograd.grad(q_values.sum(), (obs, actions))
-        (v_o,) = th.autograd.grad(self._next_values(next_obs).sum(), next_obs)
-        shape = windows.terminated.shape
-        return CriticGradients(*(g.reshape(*shape, -1) for g in (q_a, q_o, v_o)))
-
-    def _window_loss(
-        self, steps: list[tuple[th.Tensor, th.Tensor, th.Tensor]], gradient: AdaptiveGradient, mask: th.Tensor
-    ) -> th.Tensor:
-        actions = th.cat([step[1] for step in steps])
-        log_prob = th.cat([step[2] for step in steps])
-        return policy_loss(actions, log_prob, gradient.g_a.flatten(0, 1), self._current_ent_coef(), mask.flatten())
+        self._record("policy_grad_norm", self._step(self.actor.optimizer, update.loss, self.max_grad_norm))
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:
         if self.gradient_mode == "adaptive":

@@ -117,11 +117,27 @@ class EnsembleCritic(BaseModel):
         :param actions: actions in [-1, 1], shape ``(n, nu)``
         :return: shape ``(n_critics, n)``
         """
-        # The features extractor is the actor's when shared: it learns from the actor's loss alone
-        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+        # The features extractor is the actor's when shared: it learns from the actor's loss alone. Gradients with respect
+        # to observations still pass through it
+        wanted = not self.share_features_extractor or (isinstance(obs, th.Tensor) and obs.requires_grad)
+        with th.set_grad_enabled(th.is_grad_enabled() and wanted):
             features = self.extract_features(obs, self.features_extractor)
         inputs = th.cat([features, actions], dim=1)
         return self.q_networks(inputs.expand(self.n_critics, *inputs.shape)).squeeze(-1)
+
+    def input_gradients(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Derivatives of each critic's values by its inputs, which can be differentiated again.
+
+        :param obs: observations, shape ``(n, nobs)``
+        :param actions: actions in [-1, 1], shape ``(n, nu)``
+        :return: dQ/do ``(n_critics, n, nobs)``, dQ/da ``(n_critics, n, nu)``
+        """
+        obs, actions = (x.expand(self.n_critics, *x.shape).clone().requires_grad_(True) for x in (obs, actions))
+        features = self.extract_features(obs.flatten(0, 1), self.features_extractor)  # (n_critics * n, features)
+        inputs = th.cat([features.reshape(*obs.shape[:2], -1), actions], dim=-1)
+        q_o, q_a = th.autograd.grad(self.q_networks(inputs).sum(), (obs, actions), create_graph=True)
+        return q_o, q_a
 
     def forward(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -170,8 +186,10 @@ class AGPOPolicy(SACPolicy):
     ) -> None:
         self.layer_norm = layer_norm
         if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
-            # One kernel for all parameters; the arithmetic is Adam's
-            kwargs["optimizer_kwargs"] = {"fused": True, **(kwargs.get("optimizer_kwargs") or {})}
+            # One kernel for all parameters; the arithmetic is Adam's. Some options of Adam exclude it
+            options = kwargs.get("optimizer_kwargs") or {}
+            excluded = any(options.get(name) for name in ("foreach", "differentiable", "capturable"))
+            kwargs["optimizer_kwargs"] = {"fused": not excluded, **options}
         super().__init__(observation_space, action_space, lr_schedule, net_arch, activation_fn, *args, **kwargs)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsembleCritic:  # type: ignore[override]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_agpo.dynamics.interface import TransitionDerivatives
+from sb3_agpo.dynamics.interface import TransitionDerivatives, concatenate
 
 FloatArray = NDArray[np.float32]
 
@@ -71,8 +72,10 @@ def observation_scale(observations: FloatArray, normalization: VecNormalize | No
     """
     if normalization is None or not normalization.norm_obs:
         return 1.0
-    deviation = np.sqrt(normalization.obs_rms.var + normalization.epsilon)  # type: ignore[union-attr]
-    inside = np.abs((observations - normalization.obs_rms.mean) / deviation) < normalization.clip_obs  # type: ignore[union-attr]
+    statistics = normalization.obs_rms
+    assert isinstance(statistics, RunningMeanStd)  # of a Box, the only space with derivatives
+    deviation = np.sqrt(statistics.var + normalization.epsilon)
+    inside = np.abs((observations - statistics.mean) / deviation) < normalization.clip_obs
     return (inside / deviation).astype(np.float32)
 
 
@@ -102,7 +105,7 @@ def storable(fields: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
     return np.logical_and.reduce(within)
 
 
-def _over(scale: FloatArray | float, field: FloatArray, axes: int) -> FloatArray:
+def _over(scale: FloatArray | float, field: NDArray[Any], axes: int) -> NDArray[Any]:
     """Multiply ``field`` by ``scale``, which lacks the last ``axes`` axes."""
     if isinstance(scale, float):
         return field
@@ -189,8 +192,9 @@ class DifferentiableRolloutBuffer:
             raise ValueError("there are no steps with derivatives to cut into windows; wait until the buffer is `full`")
         ready = self._transitions[: self._n_differentiated]
         steps = Transition(*(np.stack(fields) for fields in zip(*ready, strict=True)))  # (T, n_envs, ...)
-        derivatives = TransitionDerivatives(*(np.concatenate(f) for f in zip(*self._derivatives, strict=True)))
-        derivatives = TransitionDerivatives(*(f.reshape(len(ready), self.n_envs, *f.shape[1:]) for f in derivatives))
+        derivatives = TransitionDerivatives._make(
+            field.reshape(len(ready), self.n_envs, *field.shape[1:]) for field in concatenate(self._derivatives)
+        )
         obs, next_obs, scale_next = self._normalized(steps, normalization)
         scale_r = reward_scale(steps.rewards, normalization)
         boundary = steps.done.copy()

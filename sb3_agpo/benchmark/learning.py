@@ -19,7 +19,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.algorithms import NAMES, RANDOM, AlgorithmSpec, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, find_algorithm, torch_module
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
 
@@ -320,7 +320,3 @@ def main(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} of {len(missing)} runs failed; the same command redoes them", file=sys.stderr)
     return int(bool(failed or outdated))
-
-
-# ``random`` is listed among the algorithms but is none: it must come out of every selection as a single run.
-assert RANDOM in NAMES

@@ -38,8 +38,10 @@ class TransitionDerivatives(NamedTuple):
     O_a: Array  # (n, nobs, nu)  do'/da
     r_x: Array  # (n, ndx) dr/dx
     r_a: Array  # (n, nu)  dr/da
-    next_state: Array  # (n, nx) full state after the step, in the simulator's own coordinates
-    next_obs: Array  # (n, nobs)
+    # (n, .) state after the step in the simulator's own coordinates; MuJoCo's is the full physics state, without what else
+    # :meth:`DifferentiableDynamics.get_state` holds
+    next_state: Array
+    next_obs: Array  # (n, nobs) as the unwrapped environment returns it
     reward: Array  # (n,)
     terminated: NDArray[np.bool_]  # (n,)
     valid: NDArray[np.bool_]  # (n,) False: non-finite or exploding, all derivatives of the row are zero
@@ -51,7 +53,7 @@ class TransitionDerivatives(NamedTuple):
         :param index: indices or slice into the batch axis
         :return: the selected transitions
         """
-        return TransitionDerivatives(*(field[index] for field in self))
+        return TransitionDerivatives._make(field[index] for field in self)
 
 
 def concatenate(parts: Sequence[TransitionDerivatives]) -> TransitionDerivatives:
@@ -61,7 +63,7 @@ def concatenate(parts: Sequence[TransitionDerivatives]) -> TransitionDerivatives
     :param parts: batches of the same simulator, at least one
     :return: one batch, in the given order
     """
-    return TransitionDerivatives(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+    return TransitionDerivatives._make(np.concatenate(fields) for fields in zip(*parts, strict=True))
 
 
 @runtime_checkable

@@ -7,10 +7,10 @@ as smoothing over the size of the step. Positions are perturbed in tangent coord
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -19,9 +19,12 @@ from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import Array, TransitionDerivatives
+from sb3_agpo.dynamics.private_copy import model_bytes, private_model
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS, DataStepper, RolloutStepper, SteppedRows
 from sb3_agpo.dynamics.tangent import PositionTangent
 from sb3_agpo.dynamics.tasks import Outcome, Steps, TaskModel, find_task_model
+
+NUMBERS = (int, float, np.integer, np.floating)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,13 @@ class FiniteDifferences:
     :param position_step: step of joint positions, in metres or radians
     :param velocity_step: step of joint velocities, in metres or radians per second
     :param activation_step: step of actuator activations
-    :param action_step: step of actions, in units of the action in [-1, 1]
+    :param action_step: step of actions, in units of the action in [-1, 1]; at most 1, half of the range, so that there is
+        room for it on at least one side of every action
     :param centred: centred instead of forward differences: twice the rows, error of second order
     :param threads: threads to step with; None for the number of cores. Never changes a result
     :param max_derivative: a transition with an entry of A or B above this in absolute value is not trusted (``valid``
         is False, its derivatives are zero)
-    :raises ValueError: if a step, the number of threads or the bound is not positive
+    :raises ValueError: naming the option whose value makes no sense
     """
 
     position_step: float = 1e-3
@@ -54,15 +58,25 @@ class FiniteDifferences:
     def __post_init__(self) -> None:
         for name in ("position_step", "velocity_step", "activation_step", "action_step", "max_derivative"):
             value = getattr(self, name)
-            if not (np.isfinite(value) and value > 0.0):
+            if isinstance(value, bool) or not isinstance(value, NUMBERS) or not (np.isfinite(value) and value > 0.0):
                 raise ValueError(f"`{name}` must be a positive finite number, got {value!r}; try {type(self).__dict__[name]}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"`threads` must be at least 1 or None (one per core), got {self.threads!r}")
+        if self.action_step > 1.0:
+            raise ValueError(
+                f"`action_step` must be at most 1.0, half of the range [-1, 1], got {self.action_step!r}; try 0.1"
+            )
+        if not isinstance(self.centred, (bool, np.bool_)):
+            raise ValueError(f"`centred` must be True (centred differences) or False (forward), got {self.centred!r}")
+        count = self.threads
+        if count is not None and (isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1):
+            raise ValueError(f"`threads` must be an integer of at least 1, or None (one per core), got {count!r}; try None")
 
     @property
     def n_threads(self) -> int:
         """Threads to use on this machine."""
-        return self.threads if self.threads is not None else len(os.sched_getaffinity(0))
+        if self.threads is not None:
+            return int(self.threads)
+        # Not every platform tells how many of its cores this process may use
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 class Perturbations:
@@ -71,7 +85,7 @@ class Perturbations:
 
     :param tangent: layout of the positions
     :param n_activations: length of the activation part of the state
-    :param action_space: bounds of the actions that rows must not leave
+    :param action_space: bounds of the actions that rows must not leave, all of them finite
     :param differences: step sizes and scheme
     :param fixed: tangent position coordinates that need no row, because a shift along them changes nothing
     """
@@ -93,15 +107,16 @@ class Perturbations:
         steps[2 * nv : self.ndx] = differences.activation_step
         steps[self.ndx :] = 0.5 * differences.action_step * (self.high - self.low)
         self.steps = steps  # (ndx + nu,)
-        self.columns = np.setdiff1d(np.arange(self.ndx + self.nu), np.array(fixed, dtype=np.intp))
+        # An action whose range is a single point cannot be moved: its derivative stays zero
+        self.columns = np.setdiff1d(np.flatnonzero(steps), np.array(fixed, dtype=np.intp))
         self.n_rows = 1 + len(self.columns) * (2 if self.centred else 1)
 
-    def perturb(self, physics: Array, actions: Array) -> tuple[Array, Array, Array]:
+    def perturb(self, physics: Array, actions: NDArray[np.floating]) -> tuple[Array, NDArray[np.floating], Array]:
         """
         Build the rows of ``n`` transitions.
 
         :param physics: full physics states, shape ``(n, nphysics)``
-        :param actions: shape ``(n, nu)``
+        :param actions: shape ``(n, nu)``; the rows' actions are of the same dtype
         :return: physics ``(n, n_rows, nphysics)``, actions ``(n, n_rows, nu)``, row 0 unperturbed, and the distance
             between the two rows that make a column, ``(n, n_columns)``, negative where the first is the smaller
         """
@@ -129,14 +144,16 @@ class Perturbations:
         row_physics[..., positions] = self.tangent.integrate(row_physics[..., positions], signed[None, :, :nv])
         row_physics[..., rest] += signed[None, :, nv : self.ndx]
 
-    def _move_actions(self, row_actions: Array, signed: Array, *, inward: bool) -> Array:
+    def _move_actions(self, row_actions: NDArray[np.floating], signed: Array, *, inward: bool) -> Array:
         """Move actions in place without leaving their bounds; the way moved, shape ``(n, n_columns, nu)``."""
-        before = row_actions.copy()
+        before = row_actions.astype(np.float64)
+        # An action that is out of bounds already, which an environment may accept, is moved no further out
+        low, high = np.minimum(self.low, before), np.maximum(self.high, before)
         target = before + signed
         if inward:  # one-sided at the limit
-            target = np.where((target > self.high) | (target < self.low), before - signed, target)
-        row_actions[...] = np.where(signed == 0.0, before, np.clip(target, self.low, self.high))
-        return row_actions - before
+            target = np.where((target > high) | (target < low), before - signed, target)
+        row_actions[...] = np.where(signed == 0.0, before, np.clip(target, low, high))
+        return row_actions - before  # as it was rounded to the actions' own dtype
 
     def quotient(self, change: Array, distance: Array) -> tuple[Array, Array]:
         """
@@ -147,21 +164,34 @@ class Perturbations:
         :return: derivative by the state ``(n, m, ndx)`` and by the action ``(n, m, nu)``; zero for fixed coordinates
         """
         jacobian = np.zeros((len(change), change.shape[-1], self.ndx + self.nu))
-        jacobian[:, :, self.columns] = np.swapaxes(change / distance[..., None], 1, 2)
+        with np.errstate(all="ignore"):  # what overflows is discarded later
+            jacobian[:, :, self.columns] = np.swapaxes(change / distance[..., None], 1, 2)
         return jacobian[..., : self.ndx], jacobian[..., self.ndx :]
 
+    def tangents(self, physics: Array) -> Array:
+        """
+        States of rows as tangent vectors at the first row: positions relative to it, velocities and activations as they are.
+
+        :param physics: full physics states, shape ``(n, n_rows, nphysics)``
+        :return: shape ``(n, n_rows, ndx)``
+        """
+        nq, nv = self.tangent.nq, self.tangent.nv
+        qpos, rest = physics[..., 1 : 1 + nq], physics[..., 1 + nq : 1 + nq + self.ndx - nv]
+        with np.errstate(all="ignore"):
+            return np.concatenate([self.tangent.difference(qpos[:, :1], qpos), rest], axis=-1)
 
     def change(self, values: Array) -> Array:
         """
         Change of row values between the two rows that make each column.
 
-        :param values: shape ``(n, n_rows, m)``
-        :return: shape ``(n, n_columns, m)``
+        :param values: shape ``(n, n_rows, ...)``
+        :return: shape ``(n, n_columns, ...)``
         """
         n_columns = len(self.columns)
-        if self.centred:
-            return values[:, 1 : 1 + n_columns] - values[:, 1 + n_columns :]
-        return values[:, 1:] - values[:, :1]
+        with np.errstate(all="ignore"):
+            if self.centred:
+                return values[:, 1 : 1 + n_columns] - values[:, 1 + n_columns :]
+            return values[:, 1:] - values[:, :1]
 
 
 class MujocoDynamics:
@@ -190,7 +220,7 @@ class MujocoDynamics:
         self.model = private_model(env.model)
         self.tangent = PositionTangent(self.model)
         self.perturbations = Perturbations(
-            self.tangent, int(self.model.na), env.action_space, self.differences, getattr(task, "invariant", ())
+            self.tangent, int(self.model.na), env.action_space, self.differences, task.invariant
         )
         self.physics_size = mujoco.mj_stateSize(self.model, FULL_PHYSICS)
         self.state_size = self.physics_size + int(self.model.nv) + task.n_readings
@@ -223,28 +253,26 @@ class MujocoDynamics:
         check_batch(states, actions, self.state_size, self.perturbations.nu)
         physics, warmstart, readings = np.split(states, [self.physics_size, self.physics_size + int(self.model.nv)], axis=1)
         rows, row_actions, distance = self.perturbations.perturb(physics, actions.astype(np.float64))
-        n, n_rows = rows.shape[:2]
-        stepped = self._stepper.step(
-            rows.reshape(n * n_rows, -1), np.repeat(warmstart, n_rows, axis=0), row_actions.reshape(n * n_rows, -1)
-        )
-        self.simulator_calls += n * n_rows
+        n_rows = rows.shape[1]
+        stepped = self._stepper.step(join_rows(rows), np.repeat(warmstart, n_rows, axis=0), join_rows(row_actions))
+        self.simulator_calls += len(states) * n_rows
         steps = self._steps(rows, row_actions, readings, stepped)
-        nominal = self.task.outcome(select_rows(steps, n_rows, actions))
-        return self._assemble(steps, nominal, distance, stepped.physics.reshape(n, n_rows, -1)[:, 0])
+        return self._assemble(steps, actions, distance, split_rows(stepped.physics, n_rows))
 
-    def _steps(self, rows: Array, row_actions: Array, readings: Array, stepped: SteppedRows) -> Steps:
+    def _steps(self, rows: Array, row_actions: NDArray[np.floating], readings: Array, stepped: SteppedRows) -> Steps:
         """All rows as one batch of steps, ``(n * n_rows, ...)``."""
-        n, n_rows = rows.shape[:2]
-        # What MuJoCo had left before the live step is kept; only its change from row to row is taken from the rows
-        own = stepped.readings.reshape(n, n_rows, -1)
-        before = readings[:, None] + own - own[:, :1]
-        positions, velocities = self._parts(rows.reshape(n * n_rows, -1))
+        # What MuJoCo had left before the live step is kept; only its change from row to row is taken from the rows. The
+        # change comes first, so that the unperturbed row's readings are exactly those that the live step started from
+        own = split_rows(stepped.readings, rows.shape[1])
+        with np.errstate(all="ignore"):
+            before = readings[:, None] + (own - own[:, :1])
+        positions, velocities = self._parts(join_rows(rows))
         next_positions, next_velocities = self._parts(stepped.physics)
         return Steps(
             positions,
             velocities,
-            before.reshape(n * n_rows, -1),
-            row_actions.reshape(n * n_rows, -1),
+            join_rows(before),
+            join_rows(row_actions),
             next_positions,
             next_velocities,
             stepped.next_readings,
@@ -255,19 +283,20 @@ class MujocoDynamics:
         nq, nv = self.tangent.nq, self.tangent.nv
         return physics[:, 1 : 1 + nq], physics[:, 1 + nq : 1 + nq + nv]
 
-    def _assemble(self, steps: Steps, nominal: Outcome, distance: Array, next_physics: Array) -> TransitionDerivatives:
-        """Turn stepped rows into derivatives."""
-        n, n_columns = distance.shape
-        perturbed = self.task.outcome(steps)
-        tangents = self._tangents(steps, n)
-        A, B = self.perturbations.quotient(self.perturbations.change(tangents), distance)
-        A[:, self.perturbations.fixed, self.perturbations.fixed] = 1.0
-        O_x, O_a = self.perturbations.quotient(self.perturbations.change(perturbed.obs.reshape(n, -1, nominal.obs.shape[1])), distance)
-        reward_change = self.perturbations.change(perturbed.reward.reshape(n, -1, 1))
-        # The jump of the reward at an episode's end is no slope
-        flips = self.perturbations.change(perturbed.terminated.reshape(n, -1, 1).astype(np.float64)) != 0.0
-        r_x, r_a = self.perturbations.quotient(np.where(flips, 0.0, reward_change), distance)
-        first = slice(None, None, self.perturbations.n_rows)
+    def _assemble(
+        self, steps: Steps, actions: NDArray[np.floating], distance: Array, next_physics: Array
+    ) -> TransitionDerivatives:
+        """Turn stepped rows, their physics ``(n, n_rows, nphysics)`` after the step, into derivatives."""
+        scheme = self.perturbations
+        with np.errstate(all="ignore"):  # rows may have diverged
+            nominal = self.task.outcome(select_rows(steps, scheme.n_rows, actions))
+            perturbed = Outcome(*(split_rows(field, scheme.n_rows) for field in self.task.outcome(steps)))
+        A, B = scheme.quotient(scheme.change(scheme.tangents(next_physics)), distance)
+        A[:, scheme.fixed, scheme.fixed] = 1.0
+        O_x, O_a = scheme.quotient(scheme.change(perturbed.obs), distance)
+        changes = reward_change(scheme, perturbed.reward, perturbed.terminated)
+        r_x, r_a = scheme.quotient(changes[..., None], distance)
+        first = slice(None, None, scheme.n_rows)
         derivatives = TransitionDerivatives(
             A=A,
             B=B,
@@ -277,19 +306,13 @@ class MujocoDynamics:
             O_a=O_a,
             r_x=r_x[:, 0],
             r_a=r_a[:, 0],
-            next_state=next_physics,
+            next_state=next_physics[:, 0],
             next_obs=nominal.obs,
             reward=nominal.reward,
             terminated=nominal.terminated,
-            valid=np.ones(n, dtype=np.bool_),
+            valid=np.ones(len(distance), dtype=np.bool_),
         )
         return discard_invalid(derivatives, self.differences.max_derivative)
-
-    def _tangents(self, steps: Steps, n: int) -> Array:
-        """Next states as tangent vectors at the unperturbed next state, ``(n, n_rows, ndx)``."""
-        next_qpos = steps.next_qpos.reshape(n, self.perturbations.n_rows, -1)
-        next_qvel = steps.next_qvel.reshape(n, self.perturbations.n_rows, -1)
-        return np.concatenate([self.tangent.difference(next_qpos[:, :1], next_qpos), next_qvel], axis=-1)
 
     def signature(self) -> bytes:
         """
@@ -297,26 +320,14 @@ class MujocoDynamics:
 
         :return: the digest
         """
-        buffer = np.empty(mujoco.mj_sizeModel(self.model), dtype=np.uint8)
-        mujoco.mj_saveModel(self.model, None, buffer)
         options = {name: value for name, value in sorted(vars(self.task).items()) if name != "model"}
-        return hashlib.sha256(buffer.tobytes() + repr((type(self.task), options)).encode()).digest()
+        bounds = self.perturbations.low.tobytes() + self.perturbations.high.tobytes()
+        text = repr((type(self.task), options, self.env.frame_skip))
+        return hashlib.sha256(model_bytes(self.model).tobytes() + bounds + text.encode()).digest()
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; another call of :meth:`differentiate` would start them again."""
         self._stepper.close()
-
-
-def private_model(model: mujoco.MjModel) -> mujoco.MjModel:
-    """
-    A copy of a model to step perturbed rows with.
-
-    :param model: the live environment's model, not changed
-    :return: a copy that does not silently reset itself when a row diverges, so that divergence is seen
-    """
-    private = copy.copy(model)
-    private.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
-    return private
 
 
 def make_stepper(model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> RolloutStepper | DataStepper:
@@ -332,6 +343,41 @@ def make_stepper(model: mujoco.MjModel, task: TaskModel, frame_skip: int, thread
     if task.n_readings == 0:
         return RolloutStepper(model, frame_skip, threads)
     return DataStepper(model, task, frame_skip, threads)
+
+
+def reward_change(scheme: Perturbations, rewards: Array, terminated: NDArray[np.bool_]) -> Array:
+    """
+    Change of the reward between the two rows that make each column.
+
+    :param scheme: the difference scheme
+    :param rewards: of all rows, shape ``(n, n_rows)``
+    :param terminated: of all rows, the same shape
+    :return: shape ``(n, n_columns)``; zero where the episode ends in one of the two rows only
+    """
+    # The jump of the reward at an episode's end is no slope
+    flips = scheme.change(terminated.astype(np.float64)) != 0.0
+    return np.where(flips, 0.0, scheme.change(rewards))
+
+
+def join_rows(rows: NDArray[Any]) -> NDArray[Any]:
+    """
+    Put the rows of all transitions one after the other.
+
+    :param rows: shape ``(n, n_rows, ...)``
+    :return: shape ``(n * n_rows, ...)``
+    """
+    return rows.reshape(rows.shape[0] * rows.shape[1], *rows.shape[2:])
+
+
+def split_rows(values: NDArray[Any], n_rows: int) -> NDArray[Any]:
+    """
+    The reverse of :func:`join_rows`.
+
+    :param values: shape ``(n * n_rows, ...)``
+    :param n_rows: rows per transition
+    :return: shape ``(n, n_rows, ...)``
+    """
+    return values.reshape(len(values) // n_rows, n_rows, *values.shape[1:])
 
 
 def select_rows(steps: Steps, every: int, actions: NDArray[np.floating]) -> Steps:
@@ -366,17 +412,29 @@ def discard_invalid(derivatives: TransitionDerivatives, max_derivative: float) -
     """
     Zero the derivatives of transitions that cannot be trusted, and mark them.
 
-    :param derivatives: a batch
+    :param derivatives: a batch, its derivatives may be changed in place
     :param max_derivative: bound on the absolute value of the entries of A and B
-    :return: the batch with ``valid`` updated
+    :return: the batch with ``valid`` updated: False also where values or derivatives are not finite, or where the state is
+        one that MuJoCo takes for unstable
     """
-    fields = (derivatives.A, derivatives.B, derivatives.O_x, derivatives.O_a, derivatives.r_x, derivatives.r_a)
-    with np.errstate(invalid="ignore", over="ignore"):
-        finite = np.all([np.isfinite(field).reshape(len(field), -1).all(axis=1) for field in fields], axis=0)
-        bounded = np.all([np.abs(field).reshape(len(field), -1).max(axis=1) <= max_derivative for field in fields[:2]], axis=0)
-    valid = derivatives.valid & finite & bounded
-    if valid.all():
-        return derivatives
-    for field in (*fields, derivatives.C, derivatives.next_C):
-        field[~valid] = 0.0
-    return derivatives._replace(valid=valid)
+    d = derivatives
+    valid = d.valid.copy()
+    for field in (d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a, d.next_obs, d.reward):
+        valid &= np.isfinite(field).all(axis=tuple(range(1, field.ndim)))
+    for field, bound in ((d.next_state, mujoco.mjMAXVAL), (d.A, max_derivative), (d.B, max_derivative)):
+        valid &= (np.abs(field) <= bound).all(axis=tuple(range(1, field.ndim)))  # False for NaN
+    return zero_invalid(d._replace(valid=valid))
+
+
+def zero_invalid(derivatives: TransitionDerivatives) -> TransitionDerivatives:
+    """
+    Zero all derivatives of the transitions that are marked as invalid.
+
+    :param derivatives: a batch, its derivatives may be changed in place
+    :return: the batch
+    """
+    d = derivatives
+    if not d.valid.all():
+        for field in (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a):
+            field[~d.valid] = 0.0
+    return d

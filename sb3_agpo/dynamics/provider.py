@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
@@ -15,15 +19,75 @@ from stable_baselines3.common.vec_env import (
 
 from sb3_agpo.dynamics.interface import TransitionDerivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
-from sb3_agpo.dynamics.recorder import ProviderReport, RecorderInstaller, StepRecords, TransitionRecorder, install_recorder
+from sb3_agpo.dynamics.recorder import (
+    ProviderReport,
+    RecorderInstaller,
+    StepRecords,
+    TransitionRecorder,
+    check_available,
+    inherits_unchanged,
+    install_recorder,
+    remove_recorder,
+)
 
 #: wrappers of vectorised environments that leave observations alone, or (VecNormalize) rescale them at sampling time
 TRANSPARENT_VEC_WRAPPERS = (VecMonitor, VecNormalize, VecCheckNan, VecVideoRecorder)
+#: methods by which a wrapper can change what the agent sees, does and gets
+VEC_WRAPPER_METHODS = ("step_async", "step_wait", "reset", "normalize_obs", "normalize_reward")
+
+
+class VecDynamics(Protocol):
+    """Derivatives of the steps of a vectorised environment, which records them from the moment it is attached."""
+
+    report: ProviderReport  # where the derivatives come from
+    simulator_calls: int  # environment steps simulated for differences
+
+    def take(self, n_steps: int) -> TransitionDerivatives:
+        """
+        Differentiate the last steps of every environment, and forget what was recorded before.
+
+        :param n_steps: steps per environment, counted back from the newest
+        :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step, relative to the
+            action in [-1, 1] and the observation the agent sees
+        :raises ValueError: if ``n_steps`` is not positive
+        :raises RuntimeError: if fewer were recorded
+        """
+        ...
+
+    def keep_oldest(self, n_steps: int) -> None:
+        """
+        Forget all recorded steps but the oldest ones; record from now on.
+
+        :param n_steps: steps per environment to keep
+        """
+        ...
+
+    def discard(self) -> None:
+        """Forget the steps recorded so far; record from now on."""
+        ...
+
+    def pause(self) -> None:
+        """Record no further steps until :meth:`discard` or :meth:`keep_oldest`; those recorded so far are kept."""
+        ...
+
+
+@runtime_checkable
+class DifferentiableVecEnv(Protocol):
+    """A vectorised environment that records and differentiates its own steps; no recorder is put into its environments."""
+
+    def attach_dynamics(self, differences: FiniteDifferences) -> tuple[VecDynamics | None, ProviderReport]:
+        """
+        Start to record steps so that they can be differentiated.
+
+        :param differences: difference options
+        :return: the derivatives, None where there are none, and what to tell about it
+        """
+        ...
 
 
 class VecEnvDynamics:
     """
-    Derivatives of the steps of a vectorised environment.
+    Derivatives of the steps of a vectorised environment that knows nothing of them (a :class:`VecDynamics`).
 
     Stock MuJoCo tasks that live in this process are differentiated in one batch over all environments and steps;
     environments in worker processes differentiate their own steps, all workers at the same time.
@@ -43,57 +107,110 @@ class VecEnvDynamics:
 
         :param n_steps: steps per environment, counted back from the newest
         :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step
+        :raises ValueError: if ``n_steps`` is not positive
+        :raises RuntimeError: if fewer were recorded
         """
         n_envs = self.env.num_envs
+        check_available(n_steps, min(self.env.get_attr("n_recorded")))  # here, as an error would end a worker process
         if self._batched is None:
             parts = self.env.env_method("take_derivatives", n_steps)
             stacked = (np.stack(fields, axis=1) for fields in zip(*parts, strict=True))  # (T, n_envs, ...)
-            derivatives = TransitionDerivatives(*(field.reshape(n_steps * n_envs, *field.shape[2:]) for field in stacked))
+            derivatives = TransitionDerivatives._make(field.reshape(-1, *field.shape[2:]) for field in stacked)
         else:
             records = self.env.env_method("take_records", n_steps)
             joined = (np.stack(fields, axis=1) for fields in zip(*records, strict=True))
-            flat = StepRecords(*(field.reshape(n_steps * n_envs, *field.shape[2:]) for field in joined))
+            flat = StepRecords._make(field.reshape(-1, *field.shape[2:]) for field in joined)
             derivatives = self._batched.differentiate_records(flat)
         self.simulator_calls += n_steps * n_envs * self.report.rows_per_transition
         return derivatives
 
     def keep_oldest(self, n_steps: int) -> None:
         """
-        Forget all recorded steps but the oldest ones.
+        Forget all recorded steps but the oldest ones; record from now on.
 
         :param n_steps: steps per environment to keep
         """
         self.env.env_method("keep_oldest_records", n_steps)
 
     def discard(self) -> None:
-        """Forget the steps recorded so far."""
+        """Forget the steps recorded so far; record from now on."""
         self.env.env_method("discard_records")
 
+    def pause(self) -> None:
+        """
+        Record no further steps until :meth:`discard` or :meth:`keep_oldest`; those recorded so far are kept.
 
-def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
+        To be called when learning ends: steps taken afterwards, in an evaluation for example, then cost nothing.
+        """
+        self.env.env_method("pause_records")
+
+
+def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDynamics | None, ProviderReport]:
     """
-    Find out where the derivatives of a vectorised environment can come from, and put recorders into its environments.
+    Find out where the derivatives of a vectorised environment can come from, and let its steps be recorded.
 
-    :param env: vectorised environment, wrapped or not; its environments are given a recorder in place
+    :param env: vectorised environment, wrapped or not; unless it is a :class:`DifferentiableVecEnv`, its environments are
+        given a recorder in place
     :param differences: difference options of the MuJoCo sources
     :return: the derivatives, None where there are none, and what to tell about it
     """
     inner = env
     while isinstance(inner, VecEnvWrapper):
-        if not isinstance(inner, TRANSPARENT_VEC_WRAPPERS):
+        if not any(inherits_unchanged(type(inner), base, VEC_WRAPPER_METHODS) for base in TRANSPARENT_VEC_WRAPPERS):
             return None, ProviderReport("none", f"the wrapper {type(inner).__name__} cannot be differentiated through")
         inner = inner.venv
+    if isinstance(inner, DifferentiableVecEnv):
+        return inner.attach_dynamics(differences)
     if isinstance(inner, DummyVecEnv):
-        inner.envs = [install_recorder(single, differences) for single in inner.envs]
-    else:
-        inner.env_is_wrapped(RecorderInstaller(differences))  # type: ignore[arg-type]
-        if not inner.has_attr("provider_report"):
-            reason = f"{type(inner).__name__} holds environments without any wrapper; wrap each in Monitor"
-            return None, ProviderReport("none", reason)
-    reports: list[ProviderReport] = inner.get_attr("provider_report")
-    report = next((r for r in reports if r.kind == "none"), reports[0])
+        return _attach_here(inner, differences)
+    return _attach_elsewhere(inner, differences)
+
+
+def _attach_here(env: DummyVecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
+    """Put recorders into environments of this process."""
+    env.envs = [install_recorder(single, differences) for single in env.envs]
+    recorders: list[TransitionRecorder] = env.get_attr("recorder")
+    report = summarise([recorder.provider_report for recorder in recorders])
     if report.kind == "none":
+        env.envs = [remove_recorder(single) for single in env.envs]
         return None, report
-    one_engine = isinstance(inner, DummyVecEnv) and report.kind == "mujoco" and len({r.signature for r in reports}) == 1
-    batched = inner.envs[0].get_wrapper_attr("recorder") if one_engine else None  # type: ignore[attr-defined]
-    return VecEnvDynamics(inner, report, batched), report
+    one_engine = report.kind == "mujoco" and len({recorder.provider_report.signature for recorder in recorders}) == 1
+    return VecEnvDynamics(env, report, recorders[0] if one_engine else None), report
+
+
+def _attach_elsewhere(env: VecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
+    """Put recorders into environments of other processes."""
+    name = type(env).__name__
+    if differences.threads is None:  # workers share the cores
+        differences = replace(differences, threads=max(1, differences.n_threads // env.num_envs))
+    try:
+        wrapped = env.env_is_wrapped(RecorderInstaller(differences))  # type: ignore[arg-type]
+        installed = np.flatnonzero(wrapped).tolist()
+        reports = env.get_attr("provider_report", indices=installed) if installed else []
+    except (AttributeError, NotImplementedError):
+        return None, ProviderReport("none", f"{name} gives no access to its environments")
+    if not all(isinstance(report, ProviderReport) for report in reports):
+        return None, ProviderReport("none", f"{name} gives no access to its environments")
+    if len(installed) < env.num_envs:
+        reason = f"{name} holds environments without any wrapper, which leaves no place to record; wrap each in Monitor"
+        report = ProviderReport("none", reason)
+    else:
+        report = summarise(reports)
+    if report.kind == "none":
+        if installed:
+            env.env_method("pause_records", indices=installed)
+        return None, report
+    return VecEnvDynamics(env, report, None), report
+
+
+def summarise(reports: Sequence[ProviderReport]) -> ProviderReport:
+    """
+    What to tell about all environments of a vectorised environment.
+
+    :param reports: of each environment, at least one
+    :return: the report of one that has no derivatives, if there is one, else of the first
+    """
+    report = next((report for report in reports if report.kind == "none"), reports[0])
+    if report.kind != "none" and len({report.tangent_size for report in reports}) > 1:
+        return ProviderReport("none", "the environments' simulators are of different sizes, so there is no common batch")
+    return report

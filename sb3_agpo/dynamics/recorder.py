@@ -7,6 +7,9 @@ happened yet, and it works the same in this process and in the workers of a ``Su
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -16,10 +19,12 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.wrappers import (
     ClipAction,
     DtypeObservation,
+    HumanRendering,
     OrderEnforcing,
     PassiveEnvChecker,
     RecordEpisodeStatistics,
     RecordVideo,
+    RenderCollection,
     RescaleAction,
     RescaleObservation,
     TimeLimit,
@@ -27,14 +32,28 @@ from gymnasium.wrappers import (
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
-from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives
-from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
+from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate
+from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid, zero_invalid
 from sb3_agpo.dynamics.tasks import find_task_model
 
 #: wrappers that override ``step`` and still leave observation, action and reward as they are
-TRANSPARENT_WRAPPERS = (TimeLimit, Monitor, OrderEnforcing, PassiveEnvChecker, RecordEpisodeStatistics, RecordVideo)
+TRANSPARENT_WRAPPERS = (
+    TimeLimit,
+    Monitor,
+    OrderEnforcing,
+    PassiveEnvChecker,
+    RecordEpisodeStatistics,
+    RecordVideo,
+    RenderCollection,
+    HumanRendering,
+)
 #: wrappers that rescale, which the chain rule follows
 AFFINE_WRAPPERS = (RescaleAction, RescaleObservation, ClipAction, DtypeObservation)
+#: methods by which a wrapper can change what the agent sees, does and gets
+WRAPPER_METHODS = ("step", "reset", "action", "observation")
+
+#: what a recorder keeps at most. Steps that nobody asks for, taken after training for example, must not fill the memory
+MAX_RECORD_BYTES = 2**29
 
 
 class ProviderReport(NamedTuple):
@@ -58,6 +77,23 @@ class StepRecords(NamedTuple):
     states: Array  # (T, nx)
     actions: np.ndarray[Any, Any]  # (T, nu), as given to the unwrapped environment
     rewards: Array  # (T,) as returned by it
+    next_obs: Array  # (T, nobs) as returned by it
+
+
+class Record(NamedTuple):
+    """One step."""
+
+    state: Array  # (nx,)
+    action: np.ndarray[Any, Any]  # (nu,)
+    reward: float
+    next_obs: Array  # (nobs,)
+    derivatives: TransitionDerivatives | None  # of an environment that must be differentiated before it moves on
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the record takes."""
+        arrays = (self.state, self.action, self.next_obs, *(self.derivatives or ()))
+        return sum(array.nbytes for array in arrays)
 
 
 class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
@@ -83,37 +119,56 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self.dynamics, self.provider_report = dynamics, report
         self.action_scale, self.observation_scale = action_scale, observation_scale
         self._deferred = getattr(dynamics, "deferred", True)
-        self.discard_records()
+        self._records: deque[Record] = deque()
+        self._recording = True
 
     @property
     def recorder(self) -> TransitionRecorder:
         """This recorder, for whoever holds the outermost wrapper."""
         return self
 
+    @property
+    def n_recorded(self) -> int:
+        """Number of steps that can be taken."""
+        return len(self._records)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        """Reset with exactly the given arguments: environments need not take ``seed`` and ``options`` alike."""
+        return self.env.reset(**kwargs)
+
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment and remember where the step started."""
-        if self.dynamics is None:
+        if self.dynamics is None or not self._recording:
             return self.env.step(action)
         action = np.asarray(action)
         state = self.dynamics.get_state()
-        if not self._deferred:
-            self._differentiated.append(self.dynamics.differentiate(state[None], action[None]))
+        derivatives = None if self._deferred else self.dynamics.differentiate(state[None], action[None])
+        taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
-        self._records.append((state, action.copy(), float(result[1])))
+        record = Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives)
+        if not self._records:
+            self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // record.n_bytes))
+        self._records.append(record)
         return result
 
     def discard_records(self) -> None:
-        """Forget what was recorded."""
-        self._records: list[tuple[Array, np.ndarray[Any, Any], float]] = []
-        self._differentiated: list[TransitionDerivatives] = []
+        """Forget what was recorded; record from now on."""
+        self._records = deque()
+        self._recording = True
 
     def keep_oldest_records(self, n_steps: int) -> None:
         """
-        Forget all recorded steps but the oldest ones.
+        Forget all recorded steps but the oldest ones; record from now on.
 
         :param n_steps: number of steps to keep
         """
-        del self._records[n_steps:], self._differentiated[n_steps:]
+        while len(self._records) > n_steps:
+            self._records.pop()
+        self._recording = True
+
+    def pause_records(self) -> None:
+        """Record no further steps, which then cost nothing, until records are discarded or the oldest kept."""
+        self._recording = False
 
     def take_records(self, n_steps: int) -> StepRecords:
         """
@@ -121,16 +176,10 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
         :param n_steps: number of steps, counted back from the newest
         :return: the steps, oldest first
+        :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
         """
-        if len(self._records) < n_steps:
-            raise RuntimeError(
-                f"{n_steps} steps were to be differentiated but only {len(self._records)} were recorded; "
-                "do not step the training environment outside `learn`"
-            )
-        states, actions, rewards = zip(*self._records[-n_steps:], strict=True)
-        self.discard_records()
-        return StepRecords(np.stack(states), np.stack(actions), np.array(rewards))
+        return stack_records(self._take(n_steps))
 
     def take_derivatives(self, n_steps: int) -> TransitionDerivatives:
         """
@@ -138,13 +187,21 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
         :param n_steps: number of steps, counted back from the newest
         :return: their derivatives, oldest first, relative to the action in [-1, 1] and the observation the agent sees
+        :raises ValueError: if ``n_steps`` is not positive
+        :raises RuntimeError: if fewer were recorded
         """
-        differentiated = self._differentiated[-n_steps:]
-        records = self.take_records(n_steps)
+        records = self._take(n_steps)
         if self._deferred:
-            return self.differentiate_records(records)
-        parts = TransitionDerivatives(*(np.concatenate(fields) for fields in zip(*differentiated, strict=True)))
-        return self._finish(parts, records.rewards)
+            return self.differentiate_records(stack_records(records))
+        parts = [record.derivatives for record in records if record.derivatives is not None]
+        return self._finish(concatenate(parts), stack_records(records))
+
+    def _take(self, n_steps: int) -> list[Record]:
+        """The last ``n_steps`` records, everything else forgotten."""
+        check_available(n_steps, len(self._records))
+        records = list(self._records)[-n_steps:]
+        self._records = deque()
+        return records
 
     def differentiate_records(self, records: StepRecords) -> TransitionDerivatives:
         """
@@ -154,21 +211,30 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :return: their derivatives, relative to the action in [-1, 1] and the observation the agent sees
         """
         assert self.dynamics is not None
-        return self._finish(self.dynamics.differentiate(records.states, records.actions), records.rewards)
+        return self._finish(self.dynamics.differentiate(records.states, records.actions), records)
 
-    def _finish(self, derivatives: TransitionDerivatives, rewards: Array) -> TransitionDerivatives:
+    def _finish(self, derivatives: TransitionDerivatives, records: StepRecords) -> TransitionDerivatives:
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
-        # A model changed since the environment was attached would give derivatives of another simulator
-        reproduced = np.isclose(derivatives.reward, rewards, rtol=1e-6, atol=1e-6)
+        exact = self.provider_report.kind == "exact"
+        if exact:  # the other sources have done so themselves
+            derivatives = discard_invalid(derivatives, np.inf)
+        # A model or an option changed since the environment was attached would give derivatives of another simulator.
+        # Differences go through the very same computation; exact ones may come by another way and in another precision
+        tolerance = 1e-3 if exact else 1e-6
+        with np.errstate(invalid="ignore"):
+            reproduced = np.isclose(derivatives.reward, records.rewards, rtol=tolerance, atol=tolerance)
+            reproduced &= np.isclose(derivatives.next_obs, records.next_obs, rtol=tolerance, atol=tolerance).all(axis=1)
         scale = self.observation_scale[:, None]
-        return derivatives._replace(
-            B=derivatives.B * self.action_scale,
-            C=scale * derivatives.C,
-            next_C=scale * derivatives.next_C,
-            O_x=scale * derivatives.O_x,
-            O_a=scale * derivatives.O_a * self.action_scale,
-            r_a=derivatives.r_a * self.action_scale,
-            valid=derivatives.valid & reproduced,
+        return zero_invalid(
+            derivatives._replace(
+                B=derivatives.B * self.action_scale,
+                C=scale * derivatives.C,
+                next_C=scale * derivatives.next_C,
+                O_x=scale * derivatives.O_x,
+                O_a=scale * derivatives.O_a * self.action_scale,
+                r_a=derivatives.r_a * self.action_scale,
+                valid=derivatives.valid & reproduced,
+            )
         )
 
     def close(self) -> None:
@@ -178,24 +244,83 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         super().close()
 
 
+def check_available(n_steps: int, n_recorded: int) -> None:
+    """
+    Check that steps can be taken.
+
+    :param n_steps: number of steps asked for
+    :param n_recorded: number of steps recorded
+    :raises ValueError: if ``n_steps`` is not positive
+    :raises RuntimeError: if fewer were recorded
+    """
+    if n_steps < 1:
+        raise ValueError(f"`n_steps` must be at least 1, got {n_steps!r}")
+    if n_recorded < n_steps:
+        raise RuntimeError(
+            f"{n_steps} steps were to be differentiated but only {n_recorded} were recorded; take the derivatives of every "
+            "step once, soon after it, and do not step the training environment outside `learn`"
+        )
+
+
+def stack_records(records: Sequence[Record]) -> StepRecords:
+    """
+    Make arrays of records.
+
+    :param records: at least one
+    :return: the same in the same order
+    """
+    states, actions, rewards, next_obs, _ = zip(*records, strict=True)
+    return StepRecords(np.stack(states), np.stack(actions), np.array(rewards), np.stack(next_obs))
+
+
 def opaque_wrapper(env: gym.Env[Any, Any]) -> str | None:
     """
     The first wrapper that derivatives cannot be followed through.
 
-    :param env: wrapped environment
+    :param env: wrapped environment, its action space a bounded box
     :return: the wrapper's name, None if all can be seen through
     """
+    assert isinstance(env.action_space, spaces.Box)
+    actions = np.stack([env.action_space.low, env.action_space.high]).astype(np.float64)
     while isinstance(env, gym.Wrapper):
-        if not (isinstance(env, (*TRANSPARENT_WRAPPERS, *AFFINE_WRAPPERS, TransitionRecorder)) or _changes_nothing(env)):
+        if not is_transparent(env):
             return type(env).__name__
+        if isinstance(env, gym.ActionWrapper):
+            before, actions = actions, np.stack([env.action(bound) for bound in actions])
+            # Clipping is no rescaling, except where there is nothing to clip (more than a rounding error)
+            if isinstance(env, ClipAction) and np.any(np.abs(actions - before) > 1e-5 * (before[1] - before[0])):
+                return type(env).__name__
         env = env.env
     return None
 
 
-def _changes_nothing(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
-    """Whether a wrapper of unknown class inherits both ``step`` and ``reset`` unchanged."""
-    kind = type(env)
-    return kind.step is gym.Wrapper.step and kind.reset is gym.Wrapper.reset
+def is_transparent(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
+    """
+    Whether a wrapper is known to change nothing, or only by rescaling.
+
+    :param env: a wrapper; the environment inside does not matter
+    :return: True also for classes derived from known ones or from ``gymnasium.Wrapper`` that override none of
+        :data:`WRAPPER_METHODS`
+    """
+    if any(callable(vars(env).get(name)) for name in WRAPPER_METHODS):  # put there from outside
+        return False
+    if isinstance(env, DtypeObservation) and not np.issubdtype(env.observation_space.dtype, np.floating):
+        return False
+    known = (TransitionRecorder, *TRANSPARENT_WRAPPERS, *AFFINE_WRAPPERS, gym.Wrapper)
+    return any(inherits_unchanged(type(env), base, WRAPPER_METHODS) for base in known)
+
+
+def inherits_unchanged(kind: type, base: type, methods: Sequence[str]) -> bool:
+    """
+    Whether a class has some methods from another class as they are there.
+
+    :param kind: the class
+    :param base: a class it may be derived from
+    :param methods: names of methods, which ``base`` need not have
+    :return: False also if ``kind`` is not derived from ``base``
+    """
+    same = (getattr(kind, name, None) is getattr(base, name, None) for name in methods)
+    return issubclass(kind, base) and all(same)
 
 
 def wrapper_scales(env: gym.Env[Any, Any]) -> tuple[Array, Array]:
@@ -207,18 +332,23 @@ def wrapper_scales(env: gym.Env[Any, Any]) -> tuple[Array, Array]:
     """
     assert isinstance(env.action_space, spaces.Box)
     low, high = env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
-    observation_wrappers: list[gym.ObservationWrapper[Any, Any, Any]] = []
+    rescaling: list[RescaleObservation[Any, Any, Any]] = []
     while isinstance(env, gym.Wrapper):
         if isinstance(env, gym.ActionWrapper):
             low, high = env.action(low), env.action(high)
         if isinstance(env, RescaleObservation):
-            observation_wrappers.append(env)
+            rescaling.append(env)
         env = env.env
-    assert env.observation_space.shape is not None
-    zero, one = np.zeros(env.observation_space.shape), np.ones(env.observation_space.shape)
-    for wrapper in reversed(observation_wrappers):
-        zero, one = wrapper.observation(zero), wrapper.observation(one)
-    return 0.5 * (high - low), (one - zero).astype(np.float64)
+    space = env.observation_space
+    assert isinstance(space, spaces.Box)
+    # From bound to bound, where there are bounds: the further apart two points, the less their slope suffers from rounding
+    bounded = np.isfinite(space.low) & np.isfinite(space.high) & (space.high > space.low)
+    start = np.where(bounded, space.low, 0.0).astype(np.float64)
+    end = np.where(bounded, space.high, 1.0).astype(np.float64)
+    moved_start, moved_end = start, end
+    for wrapper in reversed(rescaling):
+        moved_start, moved_end = wrapper.observation(moved_start), wrapper.observation(moved_end)
+    return 0.5 * (high - low), (moved_end - moved_start) / (end - start)
 
 
 def choose_dynamics(
@@ -233,9 +363,8 @@ def choose_dynamics(
     """
     unwrapped = env.unwrapped
     name = type(unwrapped).__name__
-    for space, what in ((env.action_space, "action"), (env.observation_space, "observation")):
-        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-            return None, ProviderReport("none", f"the {what} space {space} is not a one-dimensional Box")
+    if (problem := unusable_spaces(env) or unusable_spaces(unwrapped)) is not None:
+        return None, ProviderReport("none", problem)
     if (opaque := opaque_wrapper(env)) is not None:
         return None, ProviderReport("none", f"the wrapper {opaque} cannot be differentiated through")
     if isinstance(unwrapped, DifferentiableDynamics):
@@ -244,17 +373,37 @@ def choose_dynamics(
         return None, ProviderReport("none", f"{name} is no MuJoCo environment and offers no derivatives")
     if find_task_model(unwrapped) is not None:
         stock = MujocoDynamics(unwrapped, differences)
+        scales = b"".join(scale.tobytes() for scale in wrapper_scales(env))
         report = ProviderReport(
             "mujoco",
             f"{name} is a stock task: batched finite differences",
             stock.tangent_size,
             stock.perturbations.n_rows,
-            stock.signature(),
+            hashlib.sha256(stock.signature() + scales).digest(),
         )
         return stock, report
-    custom = EnvStepDynamics(unwrapped, differences)
+    try:
+        custom = EnvStepDynamics(unwrapped, differences)
+    except TypeError as error:
+        return None, ProviderReport("none", f"{name} is a custom MujocoEnv, but {error}")
     reason = f"{name} is a custom MujocoEnv: finite differences through its own step"
     return custom, ProviderReport("env_step", reason, custom.tangent_size, custom.rows_per_transition)
+
+
+def unusable_spaces(env: gym.Env[Any, Any]) -> str | None:
+    """
+    What about the spaces of an environment makes derivatives impossible.
+
+    :param env: environment, wrapped or not
+    :return: a description, None if they are usable
+    """
+    for space, what in ((env.action_space, "action"), (env.observation_space, "observation")):
+        vector = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+        if not vector:
+            return f"the {what} space {space} is not a one-dimensional Box of floating-point numbers"
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():  # type: ignore[attr-defined]
+        return f"the action space {env.action_space} is not bounded"
+    return None
 
 
 class RecorderInstaller:
@@ -284,22 +433,32 @@ def install_recorder(env: gym.Env[Any, Any], differences: FiniteDifferences) -> 
     :param differences: difference options of the MuJoCo sources
     :return: the environment with its recorder: ``env`` itself, or the recorder if ``env`` had no wrapper
     """
-    if isinstance(env, TransitionRecorder):
-        env = env.env
-    innermost: gym.Wrapper[Any, Any, Any, Any] | None = None
-    while isinstance(env if innermost is None else innermost.env, gym.Wrapper):
-        candidate = env if innermost is None else innermost.env
-        if isinstance(candidate, TransitionRecorder):
-            assert innermost is not None
-            innermost.env = candidate.env
-            continue
-        innermost = candidate  # type: ignore[assignment]
+    env = remove_recorder(env)
     dynamics, report = choose_dynamics(env, differences)
-    if dynamics is None:
-        recorder = TransitionRecorder(env.unwrapped, None, report, np.ones(0), np.ones(0))
-    else:
-        recorder = TransitionRecorder(env.unwrapped, dynamics, report, *wrapper_scales(env))
-    if innermost is None:
+    nothing = np.ones(0)
+    scales = (nothing, nothing) if dynamics is None else wrapper_scales(env)
+    recorder = TransitionRecorder(env.unwrapped, dynamics, report, *scales)
+    if not isinstance(env, gym.Wrapper):
         return recorder
+    innermost = env
+    while isinstance(innermost.env, gym.Wrapper):
+        innermost = innermost.env
     innermost.env = recorder
+    return env
+
+
+def remove_recorder(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """
+    Take a recorder out again.
+
+    :param env: environment, wrapped or not, with a recorder or without
+    :return: the environment without: ``env`` itself, or the unwrapped environment if the recorder was its only wrapper
+    """
+    if isinstance(env, TransitionRecorder):
+        return env.env
+    wrapper = env
+    while isinstance(wrapper, gym.Wrapper):
+        if isinstance(wrapper.env, TransitionRecorder):
+            wrapper.env = wrapper.env.env
+        wrapper = wrapper.env
     return env

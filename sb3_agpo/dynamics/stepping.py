@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mujoco
 import mujoco.rollout
@@ -15,13 +16,15 @@ from sb3_agpo.dynamics.tasks import TaskModel
 Array = NDArray[np.float64]
 
 FULL_PHYSICS = int(mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+#: everything that a row starts from, in one call
+START = FULL_PHYSICS | int(mujoco.mjtState.mjSTATE_WARMSTART.value) | int(mujoco.mjtState.mjSTATE_CTRL.value)
 
 
 class SteppedRows(NamedTuple):
     """``N`` rows after one environment step."""
 
     physics: Array  # (N, nphysics) full physics state after the step
-    readings: Array  # (N, n_readings) before the step, from the row's own state
+    readings: Array  # (N, n_readings) before the step, from the row's own state; zero for a task that needs none
     next_readings: Array  # (N, n_readings) after the step
 
 
@@ -29,16 +32,17 @@ class RolloutStepper:
     """
     Steps rows with ``mujoco.rollout``; for tasks that read nothing but the physics state.
 
+    Threads start with the first step, in whichever process that happens.
+
     :param model: private model
     :param frame_skip: physics steps per environment step
     :param threads: threads to step with
     """
 
     def __init__(self, model: mujoco.MjModel, frame_skip: int, threads: int) -> None:
-        self.model, self.frame_skip = model, frame_skip
-        self._data = [mujoco.MjData(model) for _ in range(threads)]
-        # With one thread the pool of zero workers runs in the calling thread
-        self._rollout = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+        self.model, self.frame_skip, self.threads = model, frame_skip, threads
+        self._rollout: mujoco.rollout.Rollout | None = None
+        self._data: list[mujoco.MjData] = []
 
     def step(self, physics: Array, warmstart: Array, controls: Array) -> SteppedRows:
         """
@@ -49,6 +53,10 @@ class RolloutStepper:
         :param controls: controls held during the step, shape ``(N, nu)``
         :return: the rows after the step
         """
+        if self._rollout is None:
+            # With one thread the pool of zero workers runs in the calling thread
+            self._rollout = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
+            self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
         n_rows = len(physics)
         states = np.empty((n_rows, self.frame_skip, physics.shape[1]))
         sensors = np.empty((n_rows, self.frame_skip, self.model.nsensordata))
@@ -67,15 +75,22 @@ class RolloutStepper:
         return SteppedRows(states[:, -1], nothing, nothing)
 
     def close(self) -> None:
-        """Stop the threads."""
-        self._rollout.close()
+        """Stop the threads; another step would start them again."""
+        if self._rollout is not None:
+            self._rollout.close()
+        self._rollout, self._data = None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind when a stepper is copied or sent to another process."""
+        return {**vars(self), "_rollout": None, "_data": []}
 
 
 class DataStepper:
     """
     Steps rows with ``mj_step`` on private ``MjData``, for tasks that read more from it than the physics state.
 
-    MuJoCo releases the interpreter lock while it steps, so threads run in parallel.
+    MuJoCo releases the interpreter lock while it steps, so threads run in parallel. They start with the first step, in
+    whichever process that happens.
 
     :param model: private model
     :param task: tells what to read before and after a step
@@ -84,9 +99,10 @@ class DataStepper:
     """
 
     def __init__(self, model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> None:
-        self.model, self.task, self.frame_skip = model, task, frame_skip
-        self._data = [mujoco.MjData(model) for _ in range(threads)]
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="sb3_agpo") if threads > 1 else None
+        self.model, self.task, self.frame_skip, self.threads = model, task, frame_skip, threads
+        self._data: list[mujoco.MjData] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._reads_before = type(task).refresh is not TaskModel.refresh
 
     def step(self, physics: Array, warmstart: Array, controls: Array) -> SteppedRows:
         """
@@ -97,40 +113,61 @@ class DataStepper:
         :param controls: controls held during the step, shape ``(N, nu)``
         :return: the rows after the step
         """
+        if not self._data:
+            self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sb3_agpo") if self.threads > 1 else None
         n_rows = len(physics)
-        readings = np.empty((2, n_rows, self.task.n_readings))
+        starts = starting_states(self.model, physics, warmstart, controls)
+        readings = np.zeros((2, n_rows, self.task.n_readings))
         rows = SteppedRows(np.empty_like(physics), readings[0], readings[1])
-        chunks = np.array_split(np.arange(n_rows), len(self._data))
-        jobs = [(data, chunk, physics, warmstart, controls, rows) for data, chunk in zip(self._data, chunks, strict=True)]
         if self._pool is None:
-            self._step_chunk(*jobs[0])
-        else:
-            for future in [self._pool.submit(self._step_chunk, *job) for job in jobs]:
-                future.result()
+            self._step_chunk(self._data[0], slice(None), starts, rows)
+            return rows
+        limits = np.linspace(0, n_rows, self.threads + 1).astype(int)
+        chunks = [slice(start, stop) for start, stop in pairwise(limits.tolist())]
+        jobs = zip(self._data, chunks, strict=True)
+        for future in [self._pool.submit(self._step_chunk, data, chunk, starts, rows) for data, chunk in jobs]:
+            future.result()
         return rows
 
-    def _step_chunk(
-        self,
-        data: mujoco.MjData,
-        chunk: NDArray[np.intp],
-        physics: Array,
-        warmstart: Array,
-        controls: Array,
-        rows: SteppedRows,
-    ) -> None:
-        model, task, next_physics = self.model, self.task, rows.physics
-        for row in chunk:
-            mujoco.mj_setState(model, data, physics[row], FULL_PHYSICS)
-            data.qacc_warmstart = warmstart[row]
-            data.ctrl = controls[row]
-            task.refresh(data)
-            rows.readings[row] = task.read(data)
-            mujoco.mj_step(model, data, nstep=self.frame_skip)
-            mujoco.mj_rnePostConstraint(model, data)
-            mujoco.mj_getState(model, data, next_physics[row], FULL_PHYSICS)
-            rows.next_readings[row] = task.read(data)
+    def _step_chunk(self, data: mujoco.MjData, chunk: slice, starts: Array, rows: SteppedRows) -> None:
+        # This loop runs thousands of times per batch: names are bound and arrays cut into rows outside of it
+        model, frame_skip, reads_before = self.model, self.frame_skip, self._reads_before
+        read, refresh = self.task.read, self.task.refresh
+        set_state, get_state, step = mujoco.mj_setState, mujoco.mj_getState, mujoco.mj_step
+        finish = mujoco.mj_rnePostConstraint
+        before, after = rows.readings[chunk], rows.next_readings[chunk]
+        for row, (start, end) in enumerate(zip(starts[chunk], rows.physics[chunk], strict=True)):
+            set_state(model, data, start, START)
+            if reads_before:
+                refresh(data)
+                before[row] = read(data)
+            step(model, data, frame_skip)
+            finish(model, data)
+            get_state(model, data, end, FULL_PHYSICS)
+            after[row] = read(data)
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; another step would start them again."""
         if self._pool is not None:
             self._pool.shutdown()
+        self._pool, self._data = None, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Threads stay behind when a stepper is copied or sent to another process."""
+        return {**vars(self), "_pool": None, "_data": []}
+
+
+def starting_states(model: mujoco.MjModel, physics: Array, warmstart: Array, controls: Array) -> Array:
+    """
+    Join what a row starts from in the order in which MuJoCo keeps it.
+
+    :param model: the model
+    :param physics: full physics states, shape ``(N, nphysics)``
+    :param warmstart: constraint-solver warm starts, shape ``(N, nv)``
+    :param controls: shape ``(N, nu)``
+    :return: states of the specification :data:`START`, shape ``(N, nphysics + nv + nu)``
+    """
+    # Components are ordered by their bit: those of the physics state with a lower one than the warm start come first
+    head = mujoco.mj_stateSize(model, FULL_PHYSICS & (int(mujoco.mjtState.mjSTATE_WARMSTART.value) - 1))
+    return np.concatenate([physics[:, :head], warmstart, controls, physics[:, head:]], axis=1)

@@ -1,0 +1,211 @@
+"""The losses of AGPO as functions of its networks: critics, replayed policy update, policy update on fresh windows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from sb3_agpo.agpo.adaptive_gradient import (
+    AdaptiveGradient,
+    CriticGradients,
+    GateFunction,
+    WindowDerivatives,
+    adaptive_gradient,
+    matching_loss,
+    matching_targets,
+    policy_loss,
+)
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy
+from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
+from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
+
+
+class RecordedAction(NamedTuple):
+    """One window step as the policy of now acts with the noise of then."""
+
+    observations: th.Tensor  # (W, nobs), a leaf of the graph
+    actions: th.Tensor  # (W, nu)
+    log_prob: th.Tensor  # (W,)
+
+
+class WindowUpdate(NamedTuple):
+    """A policy loss on fresh windows, and what it was made from."""
+
+    loss: th.Tensor  # scalar
+    gradient: AdaptiveGradient
+    critic: CriticGradients
+
+
+def gaussian_parameters(actor: Actor, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The policy's Gaussian before squashing.
+
+    :param actor: the actor, with or without gSDE
+    :param observations: batch of ``n``
+    :return: mean and log standard deviation, shape ``(n, nu)`` each
+    """
+    mean, log_std, sde = actor.get_action_dist_params(observations)
+    if not actor.use_sde:
+        return mean, log_std
+    gaussian = actor.action_dist.proba_distribution(mean, log_std, **sde).distribution
+    return gaussian.mean, gaussian.stddev.log()
+
+
+def sample_actions(actor: Actor, observations: Any) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Reparametrised actions with fresh noise.
+
+    :param actor: the actor
+    :param observations: batch of ``n``
+    :return: actions in [-1, 1] ``(n, nu)``, log-densities ``(n,)``
+    """
+    if actor.use_sde:
+        return actor.action_log_prob(observations)
+    mean, log_std = gaussian_parameters(actor, observations)
+    return squashed_sample(mean, log_std, th.randn_like(mean))
+
+
+def next_values(policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    V(o') of equation (6), from the target critics.
+
+    :param policy: actor and critics
+    :param observations: batch of ``n``
+    :param ent_coef: entropy temperature alpha
+    :return: values and the log-densities of the actions they used, shape ``(n,)`` each
+    """
+    actions, log_prob = sample_actions(policy.actor, observations)
+    return policy.critic_target.q_values(observations, actions).min(0).values - ent_coef * log_prob, log_prob
+
+
+def temporal_difference_loss(
+    policy: AGPOPolicy, data: ReplayBufferSamples, gamma: float, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    SAC's critic loss.
+
+    :param policy: actor and critics
+    :param data: replayed transitions
+    :param gamma: discount factor, where the replay buffer gives none
+    :param ent_coef: entropy temperature alpha
+    :return: half the squared error summed over critics, and the log-densities of the policy's actions at the next states
+    """
+    discounts = gamma if data.discounts is None else data.discounts.squeeze(-1)
+    with th.no_grad():
+        values, log_prob = next_values(policy, data.next_observations, ent_coef)
+        targets = data.rewards.squeeze(-1) + (1.0 - data.dones.squeeze(-1)) * discounts * values
+    q_values = policy.critic.q_values(data.observations, data.actions)  # (n_critics, n)
+    return 0.5 * (q_values - targets).square().mean(1).sum(), log_prob
+
+
+def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:
+    """
+    How far the critics are from the differentiated Bellman equation, (8) and (9).
+
+    :param policy: actor and critics
+    :param batch: transitions with derivatives
+    :param gamma: discount factor
+    :param ent_coef: entropy temperature alpha
+    :return: scalar, summed over critics
+    """
+    next_obs = batch.next_observations.requires_grad_(True)
+    values, _ = next_values(policy, next_obs, ent_coef)
+    (v_o,) = th.autograd.grad(values.sum(), next_obs)
+    discount = gamma * (1.0 - batch.terminated)
+    q_o, q_a = policy.critic.input_gradients(batch.observations, batch.actions)  # (n_critics, batch, ...)
+    q_x = th.einsum("nbo,box->nbx", q_o, batch.C)
+    action_targets = matching_targets(batch.r_a, batch.O_a, v_o, discount)  # (8)
+    state_targets = matching_targets(batch.r_x, batch.O_x, v_o, discount)  # (9)
+    return matching_loss(q_a, action_targets) + matching_loss(q_x, state_targets)
+
+
+def replayed_policy_loss(policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor) -> th.Tensor:
+    """
+    SAC's policy loss.
+
+    :param policy: actor and critics
+    :param observations: replayed observations, batch of ``n``
+    :param ent_coef: entropy temperature alpha
+    :return: scalar
+    """
+    actions, log_prob = sample_actions(policy.actor, observations)
+    return (ent_coef * log_prob - policy.critic.q_values(observations, actions).min(0).values).mean()
+
+
+def act_as_recorded(actor: Actor, windows: RolloutWindows, step: int) -> RecordedAction:
+    """
+    Act with the recorded noise; where none was recorded, with the noise that explains the recorded action.
+
+    :param actor: the actor
+    :param windows: fresh windows
+    :param step: step of the window
+    :return: the actions, differentiable by observations and weights
+    """
+    observations = windows.observations[step].detach().requires_grad_(True)
+    mean, log_std = gaussian_parameters(actor, observations)
+    inferred = infer_noise(windows.actions[step], mean.detach(), log_std.detach())
+    noise = th.where(th.isnan(windows.noise[step]), inferred, windows.noise[step])
+    return RecordedAction(observations, *squashed_sample(mean, log_std, noise))
+
+
+def critic_gradients(policy: AGPOPolicy, windows: RolloutWindows, ent_coef: th.Tensor) -> CriticGradients:
+    """
+    Gradients of Q at every step of the windows, and of V after it.
+
+    :param policy: actor and critics
+    :param windows: fresh windows
+    :param ent_coef: entropy temperature alpha
+    :return: the gradients
+    """
+    obs, actions, next_obs = (
+        field.detach().flatten(0, 1).requires_grad_(True)
+        for field in (windows.observations, windows.actions, windows.next_observations)
+    )
+    q_values = policy.critic.q_values(obs, actions).min(0).values
+    q_o, q_a = th.autograd.grad(q_values.sum(), (obs, actions))
+    (v_o,) = th.autograd.grad(next_values(policy, next_obs, ent_coef)[0].sum(), next_obs)
+    shape = windows.terminated.shape
+    return CriticGradients(*(gradient.reshape(*shape, -1) for gradient in (q_a, q_o, v_o)))
+
+
+def window_update(
+    policy: AGPOPolicy, windows: RolloutWindows, gate: GateFunction, gamma: float, ent_coef: th.Tensor
+) -> WindowUpdate:
+    """
+    Policy loss on fresh windows, equations (1) to (7).
+
+    :param policy: actor and critics
+    :param windows: fresh windows
+    :param gate: weight of the analytic gradient
+    :param gamma: discount factor
+    :param ent_coef: entropy temperature alpha
+    :return: loss and gradients
+    """
+    recorded = [act_as_recorded(policy.actor, windows, step) for step in range(len(windows.actions))]
+
+    def pullback(step: int, action_gradient: th.Tensor) -> th.Tensor:
+        taken = recorded[step]
+        outputs = (action_gradient * taken.actions).sum() - (ent_coef * taken.log_prob).sum()
+        return th.autograd.grad(outputs, taken.observations, retain_graph=True)[0]
+
+    critic = critic_gradients(policy, windows, ent_coef)
+    gradient = adaptive_gradient(
+        WindowDerivatives(*(getattr(windows, name) for name in WindowDerivatives._fields)),
+        critic,
+        pullback,
+        gate,
+        gamma=gamma,
+        terminated=windows.terminated,
+        boundary=windows.boundary,
+        valid=windows.valid,
+    )
+    loss = policy_loss(
+        th.cat([taken.actions for taken in recorded]),
+        th.cat([taken.log_prob for taken in recorded]),
+        gradient.g_a.flatten(0, 1),
+        ent_coef,
+        windows.mask.flatten(),
+    )
+    return WindowUpdate(loss, gradient, critic)

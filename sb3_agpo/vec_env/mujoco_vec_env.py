@@ -1,0 +1,421 @@
+"""Many copies of one stock MuJoCo task, stepped in threads inside one process."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.env_util import is_wrapped, make_vec_env
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
+
+from sb3_agpo.dynamics.interface import Array
+from sb3_agpo.dynamics.mujoco import FiniteDifferences
+from sb3_agpo.dynamics.recorder import ProviderReport, StepRecords, choose_dynamics
+from sb3_agpo.dynamics.tasks import find_task_model
+from sb3_agpo.vec_env.environments import (
+    GymEnv,
+    build_environments,
+    check_integer,
+    environment_functions,
+    explain_unknown_id,
+)
+from sb3_agpo.vec_env.episodes import Episodes
+from sb3_agpo.vec_env.recording import BatchRecorder
+from sb3_agpo.vec_env.simulation import BatchSimulation
+
+#: types of attributes that give no access to a simulator
+_PLAIN = (type(None), bool, int, float, str)
+
+
+class _PendingStep(NamedTuple):
+    """What :meth:`MujocoVecEnv.step_wait` needs to know of :meth:`MujocoVecEnv.step_async`."""
+
+    actions: NDArray[Any]  # (n_envs, nu)
+    recorder: BatchRecorder | None
+    states: Array | None  # (n_envs, nx) before the step, if it is recorded
+
+
+class MujocoVecEnv(VecEnv):
+    """
+    Copies of one of Gymnasium's MuJoCo tasks (versions 4 and 5), stepped in threads inside one process.
+
+    Observations, rewards, ends of episodes and resets equal those of a ``DummyVecEnv`` of the same environments bit for
+    bit, whatever the number of threads. The simulators are stepped in parallel; observations, rewards and episode
+    statistics are computed for all environments at once.
+
+    Each environment is a real Gymnasium environment with ``TimeLimit`` and ``Monitor``, which resets and renders itself
+    and can be reached by :meth:`get_attr` and :meth:`env_method`. All share one ``MjModel``: whoever changes it changes
+    all of them. Options of the task are read once, on construction.
+
+    What ``info`` holds: ``TimeLimit.truncated`` always; ``episode`` and ``terminal_observation`` in the last step of an
+    episode. The task's own entries (``x_position``, ``reward_ctrl``, ...) take longer to compute than the rest of the step
+    and are left out, unless ``full_info`` asks for them.
+
+    AGPO takes the derivatives of the steps from this class directly, without recorders in the environments.
+
+    :param env_id: id of a stock task, such as "Hopper-v5"; or functions that build one environment each, as SB3's vectorised
+        environments take them, so that ``make_vec_env(..., vec_env_cls=MujocoVecEnv)`` works. Wrappers other than those
+        of ``gymnasium.make`` and an outermost ``Monitor`` are refused
+    :param n_envs: number of environments; None for 1, or for the number of functions
+    :param env_kwargs: options of ``gymnasium.make``; ``render_mode`` is "rgb_array" unless given
+    :param threads: threads to step with, the calling one included; None for one per core. Never changes a result
+    :param seed: environment i is seeded with ``seed + i`` at the first reset; None for random seeds
+    :param max_episode_steps: steps after which an episode is truncated; None for the task's registered number, -1 for
+        no limit
+    :param full_info: let each environment run Gymnasium's own step, still in threads, for the task's own entries of
+        ``info``
+    :raises TypeError: if an argument is of the wrong type
+    :raises ValueError: if an argument is out of range, the id is not known, or an environment is not a stock task
+    """
+
+    def __init__(
+        self,
+        env_id: str | Sequence[Callable[[], GymEnv]],
+        n_envs: int | None = None,
+        *,
+        env_kwargs: dict[str, Any] | None = None,
+        threads: int | None = None,
+        seed: int | None = None,
+        max_episode_steps: int | None = None,
+        full_info: bool = False,
+    ) -> None:
+        _check_integers(n_envs=n_envs, threads=threads, seed=seed, max_episode_steps=max_episode_steps)
+        options = dict(env_kwargs or {})
+        if max_episode_steps is not None:
+            options["max_episode_steps"] = max_episode_steps
+        if isinstance(env_id, str):
+            functions: Sequence[Callable[[], GymEnv]] = environment_functions(env_id, n_envs or 1, options, seed)
+        else:
+            functions = _check_functions(env_id, n_envs, options)
+        self._envs = build_environments(functions)
+        first = self._envs[0]
+        self._episodes = Episodes(self._envs)
+        if self._episodes.info_keywords and not full_info:
+            raise ValueError(f"Monitor's info_keywords {self._episodes.info_keywords} need `full_info=True`")
+        unwrapped = [env.unwrapped for env in self._envs]
+        task = find_task_model(first.unwrapped)  # type: ignore[arg-type]
+        assert task is not None
+        self.threads = min(threads or FiniteDifferences().n_threads, len(self._envs))
+        self._simulation = BatchSimulation(unwrapped, task, self.threads, own_step=full_info)  # type: ignore[arg-type]
+        self._pending: _PendingStep | None = None
+        self._recorder: weakref.ref[BatchRecorder] | None = None
+        self._is_reset = self._is_closed = False
+        # Whether somebody may hold an object through which a simulator can be changed behind our back
+        self._is_shared = False
+        super().__init__(len(self._envs), first.observation_space, first.action_space)
+        self.metadata = first.metadata
+        if seed is not None:
+            self.seed(seed)
+
+    @property
+    def envs(self) -> list[GymEnv]:
+        """The environments, wrappers included; step them through this object only."""
+        return self._target_envs(None)
+
+    # ------------------------------------------------------------------ stepping
+
+    def reset(self) -> Array:
+        """
+        Reset all environments.
+
+        :return: observations, shape ``(n_envs, nobs)``
+        """
+        self._check_open()
+        if self._pending is not None:
+            self._pending = None
+            self._simulation.finish()
+        obs = self._empty_observations()
+        for index, env in enumerate(self._envs):
+            options = {"options": self._options[index]} if self._options[index] else {}
+            obs[index], self.reset_infos[index] = env.reset(seed=self._seeds[index], **options)
+            self._episodes.begin(index)
+        self._simulation.read()
+        # Seeds and options are only used once
+        self._reset_seeds()
+        self._reset_options()
+        self._is_reset = True
+        return obs
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """
+        Start a step of all environments; helper threads work on it until :meth:`step_wait` is called.
+
+        :param actions: in the units of the action space, shape ``(n_envs, nu)``. They may exceed its bounds, as in
+            Gymnasium, but must be finite
+        :raises TypeError: if they are not numbers
+        :raises ValueError: if their shape is wrong or one is not finite
+        :raises RuntimeError: before the first reset, after closing, or if a step is under way
+        """
+        self._check_open()
+        if not self._is_reset:
+            raise RuntimeError("the environments have not been reset yet; call `reset` before `step`")
+        self._check_idle()
+        actions = self._check_actions(actions)
+        if self._is_shared:
+            self._simulation.read()
+        recorder = self._recorder() if self._recorder is not None else None
+        recording = recorder is not None and recorder.recording
+        self._pending = _PendingStep(actions, recorder, self._simulation.states() if recording else None)
+        self._simulation.start(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """
+        Wait for the step, and reset the environments whose episodes ended.
+
+        :return: observations ``(n_envs, nobs)``, rewards ``(n_envs,)`` in float32, whether episodes ended, infos
+        :raises RuntimeError: if no step is under way
+        """
+        if self._pending is None:
+            raise RuntimeError("no step is under way; call `step_async` before `step_wait`")
+        pending, self._pending = self._pending, None
+        (obs, rewards, terminated), task_infos = self._simulation.finish()
+        if pending.recorder is not None and pending.states is not None:
+            pending.recorder.record(StepRecords(pending.states, pending.actions, rewards, obs.copy()))
+        if self.render_mode == "human" and task_infos is None:  # Gymnasium's own step renders itself
+            self._render_all()
+        timed_out = self._episodes.add(rewards)
+        dones = terminated | timed_out
+        infos: list[dict[str, Any]] = task_infos or [{} for _ in range(self.num_envs)]
+        for info in infos:
+            info["TimeLimit.truncated"] = False
+        for index in np.flatnonzero(dones).tolist():
+            infos[index]["TimeLimit.truncated"] = not terminated[index]
+            self._restart(index, obs, infos[index])
+        return obs, rewards.astype(np.float32), dones, infos
+
+    def _restart(self, index: int, obs: Array, info: dict[str, Any]) -> None:
+        """End the episode of one environment and begin the next; ``obs`` and ``info`` are changed in place."""
+        info["terminal_observation"] = obs[index].copy()
+        self._episodes.end(index, info)
+        obs[index], self.reset_infos[index] = self._envs[index].reset()
+        self._episodes.begin(index)
+        self._simulation.read((index,))
+
+    def _check_actions(self, actions: Any) -> NDArray[Any]:
+        """A copy of valid actions, in their own dtype, in which Gymnasium takes the cost of control."""
+        actions = np.array(actions)
+        if actions.dtype.kind not in "fiu":
+            raise TypeError(f"actions must be numbers, got an array of dtype {actions.dtype}; pass float32")
+        shape = (self.num_envs, *self.action_space.shape)  # type: ignore[misc]
+        if actions.shape != shape:
+            raise ValueError(f"actions must have the shape {shape}, one row per environment, got {actions.shape}")
+        if not np.isfinite(actions).all():
+            index = int(np.flatnonzero(~np.isfinite(actions).all(axis=1))[0])
+            raise ValueError(
+                f"the action of environment {index} is {actions[index]}, which MuJoCo cannot simulate; "
+                "find out where it became non-finite, for example with VecCheckNan"
+            )
+        return actions
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the environments have been closed; build a new MujocoVecEnv")
+
+    def _check_idle(self) -> None:
+        if self._pending is not None:
+            raise RuntimeError("a step is under way; call `step_wait` first")
+
+    def _empty_observations(self) -> Array:
+        shape = (self.num_envs, *self.observation_space.shape)  # type: ignore[misc]
+        return np.empty(shape, dtype=self.observation_space.dtype)
+
+    # ------------------------------------------------------------------ derivatives
+
+    def attach_dynamics(self, differences: FiniteDifferences) -> tuple[BatchRecorder | None, ProviderReport]:
+        """
+        Start to record steps so that they can be differentiated, see :func:`sb3_agpo.dynamics.provider.attach_dynamics`.
+
+        Steps are recorded for as long as the returned object is kept, and for the latest one only.
+
+        :param differences: difference options
+        :return: the derivatives, None where there are none, and what to tell about it
+        """
+        self._check_open()
+        dynamics, report = choose_dynamics(self._envs[0], differences)
+        if dynamics is None:
+            return None, report
+        recorder = BatchRecorder(self._envs[0], dynamics, report)
+        self._recorder = weakref.ref(recorder)
+        return recorder, report
+
+    # ------------------------------------------------------------------ single environments
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        """
+        Attribute of environments, whichever of their wrappers has it.
+
+        :param attr_name: its name
+        :param indices: indices of environments, None for all
+        :return: one value per environment
+        """
+        values = [env.get_wrapper_attr(attr_name) for env in self._target_envs(indices)]
+        self._is_shared |= not all(isinstance(value, _PLAIN) for value in values)
+        return values
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
+        """
+        Set an attribute of environments, on the outermost wrapper as ``DummyVecEnv`` does.
+
+        :param attr_name: its name
+        :param value: its value
+        :param indices: indices of environments, None for all
+        """
+        for env in self._target_envs(indices):
+            setattr(env, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """
+        Call a method of environments; those that move the simulator, such as ``set_state`` or ``reset``, are heeded.
+
+        :param method_name: its name
+        :param method_args: its arguments
+        :param indices: indices of environments, None for all
+        :param method_kwargs: its keyword arguments
+        :return: one result per environment
+        :raises ValueError: for ``step``
+        """
+        if method_name == "step":
+            raise ValueError("environments cannot be stepped one by one; call `step` with the actions of all of them")
+        chosen = list(self._get_indices(indices))
+        targets = self._target_envs(chosen)
+        results = [env.get_wrapper_attr(method_name)(*method_args, **method_kwargs) for env in targets]
+        if method_name == "reset":
+            for index in chosen:
+                self._episodes.begin(index)
+        self._simulation.read(chosen)
+        self._is_shared |= not all(isinstance(result, _PLAIN) for result in results)
+        return results
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
+        """
+        Whether environments have a wrapper.
+
+        :param wrapper_class: the wrapper's class
+        :param indices: indices of environments, None for all
+        :return: one answer per environment
+        """
+        return [is_wrapped(self._envs[index], wrapper_class) for index in self._get_indices(indices)]
+
+    def _target_envs(self, indices: Iterable[int] | VecEnvIndices) -> list[GymEnv]:
+        """Environments at rest, with the counters of their wrappers up to date."""
+        self._check_idle()
+        chosen = list(self._get_indices(indices))  # type: ignore[arg-type]
+        for index in chosen:
+            self._episodes.write_back(index)
+        return [self._envs[index] for index in chosen]
+
+    # ------------------------------------------------------------------ rendering and closing
+
+    def get_images(self) -> Sequence[NDArray[np.uint8] | None]:
+        """
+        Render every environment; for a single one call ``env_method("render", indices=0)``.
+
+        :return: images, shape ``(height, width, 3)``; None for every environment unless the render mode is "rgb_array"
+        """
+        self._check_idle()
+        if self.render_mode != "rgb_array":
+            warnings.warn(f"the render mode is {self.render_mode!r}; images need 'rgb_array' in `env_kwargs`", stacklevel=2)
+            return [None] * self.num_envs
+        return self._render_all()
+
+    def _render_all(self) -> list[Any]:
+        return [env.render() for env in self._envs]
+
+    def close(self) -> None:
+        """Stop all threads and close the environments; more calls do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._pending = None
+        self._simulation.close()
+        recorder = self._recorder() if self._recorder is not None else None
+        if recorder is not None:
+            recorder.close()
+        for env in self._envs:
+            env.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def make_mujoco_vec_env(
+    env_id: str,
+    n_envs: int = 1,
+    seed: int | None = None,
+    start_index: int = 0,
+    monitor_dir: str | None = None,
+    *,
+    env_kwargs: dict[str, Any] | None = None,
+    monitor_kwargs: dict[str, Any] | None = None,
+    threads: int | None = None,
+    max_episode_steps: int | None = None,
+    full_info: bool = False,
+) -> MujocoVecEnv:
+    """
+    Make a :class:`MujocoVecEnv` by SB3's ``make_vec_env``, with its arguments and their meaning.
+
+    :param env_id: id of a stock task, such as "Hopper-v5"
+    :param n_envs: number of environments
+    :param seed: environment i is seeded with ``seed + i`` at the first reset; None for random seeds
+    :param start_index: index of the first environment, for its action space's seed and its Monitor's file
+    :param monitor_dir: folder for Monitor's files; None for no files
+    :param env_kwargs: options of ``gymnasium.make``
+    :param monitor_kwargs: arguments of ``Monitor``
+    :param threads: threads to step with, see :class:`MujocoVecEnv`
+    :param max_episode_steps: steps after which an episode is truncated, see :class:`MujocoVecEnv`
+    :param full_info: whether ``info`` holds the task's own entries, see :class:`MujocoVecEnv`
+    :return: the vectorised environment
+    :raises TypeError: if an argument is of the wrong type
+    :raises ValueError: if an argument is out of range, the id is not known, or the task is not a stock one
+    """
+    _check_integers(n_envs=n_envs, threads=threads, seed=seed, max_episode_steps=max_episode_steps)
+    options = dict(env_kwargs or {})
+    if max_episode_steps is not None:
+        options["max_episode_steps"] = max_episode_steps
+    with explain_unknown_id(env_id):
+        return make_vec_env(  # type: ignore[return-value]
+            env_id,
+            n_envs,
+            seed,
+            start_index,
+            monitor_dir,
+            env_kwargs=options,
+            vec_env_cls=MujocoVecEnv,  # type: ignore[arg-type]
+            vec_env_kwargs={"threads": threads, "full_info": full_info},
+            monitor_kwargs=monitor_kwargs,
+        )
+
+
+def _check_integers(n_envs: int | None, threads: int | None, seed: int | None, max_episode_steps: int | None) -> None:
+    """Check the arguments that are integers; None stands for a default."""
+    if n_envs is not None:
+        check_integer("n_envs", n_envs, 1, "pass the number of environments")
+    if threads is not None:
+        check_integer("threads", threads, 1, "pass None for one per core")
+    if seed is not None:
+        check_integer("seed", seed, 0, "pass None for random seeds")
+    if max_episode_steps is not None and max_episode_steps != -1:
+        check_integer("max_episode_steps", max_episode_steps, 1, "pass None for the task's own limit or -1 for no limit")
+
+
+def _check_functions(functions: Any, n_envs: int | None, options: dict[str, Any]) -> Sequence[Callable[[], GymEnv]]:
+    """Check functions that build environments, and that no argument is lost on them."""
+    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
+        raise TypeError(f"`env_id` must be an id such as 'Hopper-v5', or a list of functions, got {functions!r}")
+    if len(functions) == 0 or n_envs not in (None, len(functions)):
+        raise ValueError(f"`n_envs` {n_envs!r} does not fit a list of {len(functions)} functions; leave it out")
+    if options:
+        raise ValueError(f"the options {options} have no effect on functions; pass them to gymnasium.make inside of them")
+    return functions

@@ -1,0 +1,89 @@
+"""Derivatives of the steps of a :class:`~sb3_agpo.vec_env.MujocoVecEnv`, recorded in whole arrays."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
+from sb3_agpo.dynamics.recorder import (
+    MAX_RECORD_BYTES,
+    ProviderReport,
+    StepRecords,
+    TransitionRecorder,
+    check_available,
+    wrapper_scales,
+)
+
+
+class BatchRecorder:
+    """
+    Remembers where the steps of all environments started, and differentiates them on demand.
+
+    It is the :class:`~sb3_agpo.dynamics.provider.VecDynamics` of a :class:`~sb3_agpo.vec_env.MujocoVecEnv`.
+
+    :param env: one of the environments, all of which are alike
+    :param dynamics: its derivatives
+    :param report: where they come from
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], dynamics: DifferentiableDynamics, report: ProviderReport) -> None:
+        self.report = report
+        self.simulator_calls = 0  # environment steps simulated for differences
+        self.recording = True
+        # Never stepped, and never put into the environment: it knows the chain rule and which steps to distrust
+        self._engine = TransitionRecorder(env.unwrapped, dynamics, report, *wrapper_scales(env))
+        self._records: deque[StepRecords] = deque()
+
+    def record(self, records: StepRecords) -> None:
+        """
+        Remember one step of every environment.
+
+        :param records: one row per environment, not to be changed later
+        """
+        if not self._records:
+            # Steps that nobody asks for must not fill the memory
+            self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // sum(array.nbytes for array in records)))
+        self._records.append(records)
+
+    def take(self, n_steps: int) -> TransitionDerivatives:
+        """
+        Differentiate the last steps of every environment, and forget what was recorded before.
+
+        :param n_steps: steps per environment, counted back from the newest
+        :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step
+        :raises ValueError: if ``n_steps`` is not positive
+        :raises RuntimeError: if fewer were recorded
+        """
+        check_available(n_steps, len(self._records))
+        taken = list(self._records)[-n_steps:]
+        records = StepRecords._make(np.concatenate(parts) for parts in zip(*taken, strict=True))
+        self.discard()
+        self.simulator_calls += len(records.rewards) * self.report.rows_per_transition
+        return self._engine.differentiate_records(records)
+
+    def keep_oldest(self, n_steps: int) -> None:
+        """
+        Forget all recorded steps but the oldest ones.
+
+        :param n_steps: steps per environment to keep
+        """
+        while len(self._records) > n_steps:
+            self._records.pop()
+
+    def discard(self) -> None:
+        """Forget the steps recorded so far; record from now on."""
+        self._records = deque()
+        self.recording = True
+
+    def pause(self) -> None:
+        """Forget the steps recorded so far, and record none until :meth:`discard`."""
+        self._records = deque()
+        self.recording = False
+
+    def close(self) -> None:
+        """Stop the engine's threads."""
+        self._engine.dynamics.close()  # type: ignore[union-attr]

@@ -1,0 +1,152 @@
+"""Running the zoo's scripts with AGPO registered, in this process and in those that the scripts start."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sb3_agpo.zoo.registration import register
+
+PROGRAM = "python -m sb3_agpo.zoo"
+EXIT_USAGE = 2  # what argparse exits with
+
+#: scripts that are functions: module and name
+FUNCTIONS = {
+    "train": ("rl_zoo3.train", "train"),
+    "optimize": ("rl_zoo3.train", "train"),
+    "enjoy": ("rl_zoo3.enjoy", "enjoy"),
+    "plot_train": ("rl_zoo3.plots", "plot_train"),
+    "plot_from_file": ("rl_zoo3.plots", "plot_from_file"),
+    "all_plots": ("rl_zoo3.plots", "all_plots"),
+}
+#: scripts that are files, run as a whole
+MODULES = {
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "benchmark": "rl_zoo3.benchmark",
+}
+USAGE = f"""usage: {PROGRAM} SCRIPT [ARGUMENTS]
+
+Runs a script of RL Baselines3 Zoo with `--algo agpo` among the algorithms:
+  {", ".join([*FUNCTIONS, *MODULES])}
+`optimize` is `train -optimize`. `{PROGRAM} SCRIPT --help` lists a script's arguments."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """
+    Run a script of the zoo.
+
+    :param arguments: its name and its arguments
+    :return: exit status
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else EXIT_USAGE
+    script, *rest = arguments
+    if script not in FUNCTIONS and script not in MODULES:
+        print(f"{PROGRAM}: there is no script {script!r}\n\n{USAGE}", file=sys.stderr)
+        return EXIT_USAGE
+    run(script, rest)
+    return 0
+
+
+def run(script: str, arguments: Sequence[str]) -> None:
+    """
+    Run a script of the zoo in this process.
+
+    :param script: a key of :data:`FUNCTIONS` or :data:`MODULES`
+    :param arguments: its arguments
+    """
+    register()
+    if script == "optimize":
+        arguments = ["-optimize", *arguments]
+    with ExitStack() as stack:
+        stack.enter_context(_command_line([f"{PROGRAM} {script}", *arguments]))
+        if script in FUNCTIONS:
+            module, name = FUNCTIONS[script]
+            getattr(importlib.import_module(module), name)()
+            return
+        stack.enter_context(_redirected_calls())
+        if script == "record_training":
+            stack.enter_context(_ffmpeg_on_path())
+        runpy.run_module(MODULES[script], run_name="__main__")
+
+
+@contextmanager
+def _command_line(arguments: list[str]) -> Iterator[None]:
+    """
+    Put a command line where ``argparse`` finds it.
+
+    :param arguments: program and its arguments
+    """
+    previous, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = previous
+
+
+@contextmanager
+def _redirected_calls() -> Iterator[None]:
+    """Send the calls by which the zoo's scripts start one another through this entry point, in the same Python."""
+    original = subprocess.call
+
+    def call(command: list[str], *arguments: Any, **named: Any) -> int:
+        return original(redirected(command), *arguments, **named)
+
+    subprocess.call = call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        subprocess.call = original
+
+
+def redirected(command: list[str]) -> list[str]:
+    """
+    Replace a call of one of the zoo's scripts by the same call of this entry point.
+
+    :param command: program and arguments
+    :return: likewise; unchanged if it is another command
+    """
+    entry = [sys.executable, "-m", "sb3_agpo.zoo"]
+    match command:
+        case ["python", "-m", "rl_zoo3.record_video", *rest]:
+            return [*entry, "record_video", *rest]
+        case ["python", "enjoy.py", *rest]:  # as if in a checkout of the zoo
+            return [*entry, "enjoy", *rest]
+    return command
+
+
+@contextmanager
+def _ffmpeg_on_path() -> Iterator[None]:
+    """
+    Let the zoo find ``ffmpeg``, which joins videos: the system's, else the one that comes with ``moviepy``.
+
+    :raises RuntimeError: if there is neither
+    """
+    if shutil.which("ffmpeg") is not None:
+        yield
+        return
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        executable = get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError("`record_training` needs ffmpeg: install it, or `pip install imageio-ffmpeg`") from error
+    previous = os.environ["PATH"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ffmpeg").symlink_to(executable)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{previous}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = previous

@@ -1,0 +1,300 @@
+"""Policies: the batched critics against separate networks, saving, observation spaces, optimisers."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
+from stable_baselines3.sac.policies import SACPolicy
+from torch import nn
+
+from sb3_agpo.agpo.policies import (
+    AGPOPolicy,
+    CnnPolicy,
+    EnsembleCritic,
+    EnsembleLayerNorm,
+    EnsembleLinear,
+    MlpPolicy,
+    MultiInputPolicy,
+)
+
+NOBS, NU = 5, 2
+OBSERVATIONS = spaces.Box(-1.0, 1.0, (NOBS,))
+ACTIONS = spaces.Box(-1.0, 1.0, (NU,))
+IMAGES = spaces.Box(0, 255, (3, 40, 40), np.uint8)
+SMALL: dict[str, Any] = {"net_arch": [8, 6]}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    th.manual_seed(0)
+
+
+def schedule(progress_remaining: float) -> float:
+    """A constant learning rate."""
+    return 1e-2
+
+
+def make_policy(**kwargs: Any) -> AGPOPolicy:
+    """A small policy for vectors; its weights are random but for layer normalisation, which gets some too."""
+    policy = MlpPolicy(OBSERVATIONS, ACTIONS, schedule, **{**SMALL, **kwargs})
+    for module in policy.modules():
+        if isinstance(module, EnsembleLayerNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return policy
+
+
+class Extractor(BaseFeaturesExtractor):
+    """A features extractor that can learn."""
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        super().__init__(observation_space, 4)
+        self.layer = nn.Linear(NOBS, 4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.layer(observations)
+
+
+def separate_networks(critic: EnsembleCritic) -> list[nn.Sequential]:
+    """Each critic as a network of PyTorch's own layers with the same weights."""
+    networks = []
+    for i in range(critic.n_critics):
+        layers: list[nn.Module] = []
+        for module in critic.q_networks:
+            if isinstance(module, EnsembleLinear):
+                _, width_in, width_out = module.weight.shape
+                layer = nn.Linear(width_in, width_out)
+                layer.weight.data, layer.bias.data = module.weight[i].detach().T.clone(), module.bias[i, 0].detach().clone()
+            elif isinstance(module, EnsembleLayerNorm):
+                layer = nn.LayerNorm(module.features)  # type: ignore[assignment]
+                layer.weight.data, layer.bias.data = module.weight[i, 0].detach().clone(), module.bias[i, 0].detach().clone()
+            else:
+                layer = type(module)()  # type: ignore[assignment]
+            layers.append(layer)
+        networks.append(nn.Sequential(*layers))
+    return networks
+
+
+def batch(n: int = 7) -> tuple[th.Tensor, th.Tensor]:
+    """Observations and actions."""
+    return th.randn(n, NOBS), th.rand(n, NU) * 2.0 - 1.0
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("activation_fn", [nn.SiLU, nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("n_critics,net_arch", [(1, [8]), (2, [8, 6]), (5, [8, 6, 4]), (2, [])])
+def test_ensemble_equals_separate_networks(
+    layer_norm: bool, activation_fn: type[nn.Module], n_critics: int, net_arch: list[int]
+) -> None:
+    critic = make_policy(
+        layer_norm=layer_norm, activation_fn=activation_fn, n_critics=n_critics, net_arch={"pi": [4], "qf": net_arch}
+    ).critic
+    assert any(isinstance(module, EnsembleLayerNorm) for module in critic.modules()) == (layer_norm and bool(net_arch))
+    obs, actions = batch()
+    expected = th.stack([network(th.cat([obs, actions], 1))[:, 0] for network in separate_networks(critic)])
+    values = critic.q_values(obs, actions)
+    assert values.shape == (n_critics, 7)
+    th.testing.assert_close(values, expected)
+    outputs = critic(obs, actions)
+    assert len(outputs) == n_critics and all(output.shape == (7, 1) for output in outputs)
+    th.testing.assert_close(th.cat(outputs, 1).T, expected)
+    th.testing.assert_close(critic.q1_forward(obs, actions), expected[0, :, None])
+
+
+def test_ensemble_without_layer_norm_equals_sb3s_critic() -> None:
+    critic = make_policy(layer_norm=False, activation_fn=nn.ReLU).critic
+    reference = ContinuousCritic(OBSERVATIONS, ACTIONS, [8, 6], FlattenExtractor(OBSERVATIONS), NOBS)
+    for theirs, ours in zip(reference.q_networks, separate_networks(critic), strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    obs, actions = batch()
+    for theirs, ours in zip(reference(obs, actions), critic(obs, actions), strict=True):
+        th.testing.assert_close(ours, theirs)
+    th.testing.assert_close(critic.q1_forward(obs, actions), reference.q1_forward(obs, actions))
+
+
+def test_critics_have_the_gradients_of_separate_networks() -> None:
+    critic = make_policy().critic
+    obs, actions = batch()
+    weights = th.randn(2, 7)
+    (critic.q_values(obs, actions) * weights).sum().backward()
+    for i, network in enumerate(separate_networks(critic)):
+        (network(th.cat([obs, actions], 1))[:, 0] * weights[i]).sum().backward()
+        layers = [layer for layer in network if list(layer.parameters())]
+        modules = [module for module in critic.q_networks if list(module.parameters())]
+        for module, layer in zip(modules, layers, strict=True):
+            theirs = layer.weight.grad.T if isinstance(module, EnsembleLinear) else layer.weight.grad  # type: ignore[operator,union-attr]
+            th.testing.assert_close(module.weight.grad[i].squeeze(), theirs.squeeze())  # type: ignore[index,union-attr]
+            th.testing.assert_close(module.bias.grad[i, 0], layer.bias.grad)  # type: ignore[index,union-attr]
+
+
+def test_critics_start_different_and_targets_equal() -> None:
+    policy = MlpPolicy(OBSERVATIONS, ACTIONS, schedule, **SMALL, n_critics=3)
+    values = policy.critic.q_values(*(inputs := batch()))
+    assert not th.allclose(values[0], values[1]) and not th.allclose(values[1], values[2])
+    assert th.equal(policy.critic_target.q_values(*inputs), values)
+    assert not policy.critic_target.training
+
+
+def test_layers_start_as_pytorch_starts_them() -> None:
+    th.manual_seed(0)
+    ensemble = EnsembleLinear(3, 4, 5)
+    th.manual_seed(0)
+    layers = [nn.Linear(4, 5) for _ in range(3)]
+    assert all(th.equal(ensemble.weight[i].T, layer.weight) for i, layer in enumerate(layers))
+    assert all(th.equal(ensemble.bias[i, 0], layer.bias) for i, layer in enumerate(layers))
+
+
+# --- features extractors
+
+
+def test_shared_features_extractor_does_not_learn_from_the_critics() -> None:
+    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True)
+    extractor = policy.actor.features_extractor
+    assert policy.critic.features_extractor is extractor
+    assert policy.critic_target.features_extractor is not extractor
+    in_optimizer = {id(p) for group in policy.critic.optimizer.param_groups for p in group["params"]}
+    assert not in_optimizer & {id(p) for p in extractor.parameters()}
+    obs, actions = batch()
+    policy.critic.q_values(obs, actions).sum().backward()
+    assert all(parameter.grad is None for parameter in extractor.parameters())
+    assert all(parameter.grad is not None for parameter in policy.critic.q_networks.parameters())
+    policy.actor(obs, deterministic=True).sum().backward()
+    assert all(parameter.grad is not None for parameter in extractor.parameters())
+
+
+def test_own_features_extractor_learns_from_the_critics() -> None:
+    policy = make_policy(features_extractor_class=Extractor)
+    extractor = policy.critic.features_extractor
+    assert extractor is not policy.actor.features_extractor
+    in_optimizer = {id(p) for group in policy.critic.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer >= {id(p) for p in extractor.parameters()}
+    policy.critic.q_values(*batch()).sum().backward()
+    assert all(parameter.grad is not None for parameter in extractor.parameters())
+
+
+def test_no_gradient_is_kept_where_none_is_wanted() -> None:
+    policy = make_policy(features_extractor_class=Extractor)
+    with th.no_grad():
+        assert not policy.critic.q_values(*batch()).requires_grad
+
+
+# --- saving
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"layer_norm": False, "activation_fn": nn.Tanh, "n_critics": 3, "net_arch": {"pi": [4], "qf": [5]}},
+        {"features_extractor_class": Extractor, "share_features_extractor": True},
+        {"use_sde": True, "log_std_init": -2.0},
+        {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}},
+    ],
+)
+def test_policy_survives_saving(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    policy = make_policy(**kwargs)
+    policy.save(str(tmp_path / "policy.pth"))
+    loaded = MlpPolicy.load(str(tmp_path / "policy.pth"), device="cpu")
+    assert loaded._get_constructor_parameters().keys() == policy._get_constructor_parameters().keys()
+    state, loaded_state = policy.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys()
+    assert all(th.equal(value, loaded_state[name]) for name, value in state.items())
+    obs, actions = batch()
+    assert th.equal(loaded.critic.q_values(obs, actions), policy.critic.q_values(obs, actions))
+    expected, _ = policy.predict(obs.numpy(), deterministic=True)
+    np.testing.assert_array_equal(loaded.predict(obs.numpy(), deterministic=True)[0], expected)
+    assert type(loaded.critic.optimizer) is type(policy.critic.optimizer)
+    assert loaded.share_features_extractor == policy.share_features_extractor
+
+
+def test_actor_is_sacs() -> None:
+    policy = make_policy()
+    reference = SACPolicy(OBSERVATIONS, ACTIONS, schedule, activation_fn=nn.SiLU, **SMALL)
+    reference.actor.load_state_dict(policy.actor.state_dict())
+    obs, _ = batch()
+    assert th.equal(policy.actor(obs, deterministic=True), reference.actor(obs, deterministic=True))
+
+
+# --- observation spaces
+
+
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+@pytest.mark.parametrize(
+    "policy_class,space",
+    [
+        (MlpPolicy, OBSERVATIONS),
+        (MlpPolicy, spaces.Box(-1.0, 1.0, (2, 3))),
+        (MlpPolicy, spaces.Discrete(4)),
+        (CnnPolicy, IMAGES),
+        (MultiInputPolicy, spaces.Dict({"image": IMAGES, "vector": OBSERVATIONS})),
+    ],
+    ids=["vector", "matrix", "discrete", "image", "dict"],
+)
+def test_observation_spaces(policy_class: type[AGPOPolicy], space: gym.Space[Any], share_features_extractor: bool) -> None:
+    actions = spaces.Box(np.array([-2.0, 0.0], dtype=np.float32), np.array([2.0, 1.0], dtype=np.float32))
+    policy = policy_class(space, actions, schedule, share_features_extractor=share_features_extractor, **SMALL)
+    space.seed(0)
+    observation = space.sample()
+    action, _ = policy.predict(observation)
+    assert actions.contains(action)
+    tensor, _ = policy.obs_to_tensor(observation)
+    (value,) = policy.critic.q_values(tensor, th.zeros(1, 2)).mean(0).tolist()
+    assert np.isfinite(value)
+
+
+# --- optimisers
+
+
+def test_adam_is_the_default() -> None:
+    policy = make_policy()
+    for optimizer in (policy.actor.optimizer, policy.critic.optimizer):
+        assert type(optimizer) is th.optim.Adam
+        assert optimizer.defaults["lr"] == 1e-2
+        assert {name: optimizer.defaults[name] for name in ("betas", "eps")} == {"betas": (0.9, 0.999), "eps": 1e-8}
+
+
+@pytest.mark.parametrize(
+    "optimizer_class,optimizer_kwargs",
+    [
+        (th.optim.Adam, {"eps": 1e-3, "betas": (0.5, 0.9)}),
+        (th.optim.Adam, {"fused": False}),
+        (th.optim.AdamW, {"weight_decay": 0.3}),
+        (th.optim.AdamW, None),
+        (th.optim.SGD, {"momentum": 0.7}),
+    ],
+)
+def test_users_optimiser_is_respected(
+    optimizer_class: type[th.optim.Optimizer], optimizer_kwargs: dict[str, Any] | None
+) -> None:
+    given = None if optimizer_kwargs is None else optimizer_kwargs.copy()
+    policy = make_policy(optimizer_class=optimizer_class, optimizer_kwargs=optimizer_kwargs)
+    assert optimizer_kwargs == given  # the user's own dictionary is left alone
+    for network in (policy.actor, policy.critic):
+        assert type(network.optimizer) is optimizer_class
+        assert (given or {}).items() <= network.optimizer.defaults.items()
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        for parameter in network.parameters():
+            parameter.grad = th.ones_like(parameter)
+        network.optimizer.step()
+        assert all(not th.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_fused_adam_is_adam() -> None:
+    policies = []
+    for kwargs in ({}, {"optimizer_kwargs": {"fused": False}}):
+        th.manual_seed(0)
+        policies.append(make_policy(**kwargs))
+    inputs = batch()
+    for _ in range(5):
+        for policy in policies:
+            policy.critic.optimizer.zero_grad()
+            policy.critic.q_values(*inputs).square().sum().backward()
+            policy.critic.optimizer.step()
+    for fused, plain in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+        th.testing.assert_close(fused, plain)
