@@ -379,24 +379,40 @@ def summary(model: AGPO, callback: DemoCallback, random: Evaluation) -> str:
     return "\n".join(f"  {name:<{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows)
 
 
-def run(options: argparse.Namespace) -> int:
+def prepare(options: argparse.Namespace) -> tuple[AGPO, Evaluation, Path]:
     """
-    Do what the command line asks for.
+    Do everything that must work before the training can start.
 
-    :param options: checked
-    :return: exit code
+    :param options: of the command line
+    :return: the model with its logger, returns of a random policy, the folder of the results
+    :raises ValueError: for options that cannot work, with what to change; nothing has been written then
+    :raises ImportError: if an optional library is missing, with how to install it
     """
+    check(options)
     th.set_num_threads(min(th.get_num_threads(), len(os.sched_getaffinity(0)), MAX_THREADS))
-    show_warnings_once()
     model = make_model(options)
     random = Evaluation.of(0, Evaluator(options.env).play_random(options.seed, RANDOM_EPISODES))
     folder = fresh_folder(options.output)
     model.set_logger(configure(str(folder), ["csv", "tensorboard"]))
+    return model, random, folder
+
+
+def run(options: argparse.Namespace, model: AGPO, random: Evaluation, folder: Path) -> int:
+    """
+    Train, write the results and show them.
+
+    :param options: of the command line
+    :param model: with its logger
+    :param random: returns of a random policy
+    :param folder: of the results
+    :return: exit code
+    """
+    title = f"AGPO on {options.env}, seed {options.seed}"
     source = model.provider_report.kind if model.dynamics is not None else "none"
-    print(f"AGPO on {options.env}, seed {options.seed}, {model.device}, {th.get_num_threads()} torch thread(s)")
+    print(f"{title}, device {model.device}, {th.get_num_threads()} torch thread(s)")
     print(f"Simulator derivatives: {source} ({model.provider_report.reason})", flush=True)
     callback, interrupted = train(model, options)
-    written = save(model, folder, options.save_replay_buffer, f"AGPO on {options.env}, seed {options.seed}", random.mean)
+    written = save(model, folder, options.save_replay_buffer, title, random.mean)
     print(f"\n{summary(model, callback, random)}\n\n  {folder}/")
     for name, description in written:
         print(f"    {name:<22} {description}")
@@ -411,13 +427,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: exit code
     """
     options = parse(arguments)
+    show_warnings_once()
     try:
-        check(options)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_OPTIONS
-    try:
-        return run(options)
+        try:
+            prepared = prepare(options)
+        except (ValueError, ImportError) as error:
+            # Wrong options are the user's to correct: the message says how, a traceback would only hide it
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_WRONG_OPTIONS
+        return run(options, *prepared)
     except KeyboardInterrupt:
         print("Ctrl-C: quit", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -116,15 +116,10 @@ def take_step(
     model, data = env.model, env.data
     mujoco.mj_setState(model, data, integration_state(live), INTEGRATION)
     mujoco.mj_integratePos(model, data.qpos, position, 1.0)
-    # It would normalise quaternions, which Gymnasium's reset noise leaves at another length
-    unmoved = np.zeros(model.nv)
-    if not position.any():
-        data.qpos[:] = live.data.qpos
     data.qvel += velocity
     data.act += activation
     mujoco.mj_forward(model, data)
     data.qacc_warmstart[:] = live.data.qacc_warmstart
-    del unmoved
     obs, reward, terminated, _, _ = env.step(action)
     return Taken(data.qpos.copy(), data.qvel.copy(), data.act.copy(), np.array(obs, dtype=float), float(reward), terminated)
 

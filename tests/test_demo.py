@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import gymnasium as gym
 import matplotlib as mpl
 import matplotlib.image
 import mujoco
@@ -25,7 +27,6 @@ from sb3_agpo.tracking import figures
 
 TASK = "InvertedPendulum-v5"
 STEPS = 1300  # updates start after 1000
-TABLE_NAMES = ("random policy", "first evaluation", "last evaluation", "environment steps", "simulator calls", "seconds")
 
 
 class Run(NamedTuple):
@@ -38,9 +39,7 @@ class Run(NamedTuple):
     def number(self, row: str) -> float:
         """The number in a row of the printed table."""
         (line,) = (line for line in self.output.splitlines() if line.strip().startswith(row))
-        # Evaluations have their step in the name
-        words = line.strip().removeprefix(row).partition("±")[0].split()
-        return float(next(word for word in reversed(words) if word[-1].isdecimal()).replace(",", ""))
+        return float(re.split(r"\s{2,}", line.strip())[1].replace(",", ""))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,7 +167,7 @@ def test_time_budget(tmp_path: Path) -> None:
 
 def test_without_derivatives(tmp_path: Path) -> None:
     """A task that has none is learnt all the same, and the output says why a figure is missing."""
-    run = run_demo(tmp_path / "demo", "--env", "MountainCarContinuous-v0", "--steps", "8")
+    run = run_demo(tmp_path / "demo", "--env", "Pendulum-v1", "--steps", "4")
     assert run.code == 0
     assert "Simulator derivatives: none (" in run.output
     assert "No gradients.png" in run.output and "offers no derivatives" in run.output
@@ -187,7 +186,6 @@ def test_without_derivatives(tmp_path: Path) -> None:
         (["--env", "NoSuchTask-v5"], "--env 'NoSuchTask-v5' cannot be made"),
         (["--env", "no_such_module:Task-v0"], "--env 'no_such_module:Task-v0' cannot be made"),
         (["--env", "CartPole-v1"], "needs continuous actions"),
-        (["--env", "CarRacing-v3"], "CarRacing-v3"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),
     ],
 )
@@ -196,6 +194,29 @@ def test_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pyt
     assert demo.main(["--output", "demo", *arguments]) == demo.EXIT_WRONG_OPTIONS
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("size", "limit", "message"),
+    [((4,), None, "has no time limit"), ((2, 2), 10, "needs a one-dimensional Box")],
+)
+def test_refuses_task(
+    size: tuple[int, ...], limit: int | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So are tasks that the demonstration cannot evaluate or learn."""
+
+    class Task(gym.Env[Any, Any]):
+        observation_space = gym.spaces.Box(-1, 1, size)
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+    name = f"RefusedTask{len(size)}-v0"
+    gym.register(name, entry_point=lambda **_: Task(), max_episode_steps=limit)
+    try:
+        assert demo.main(["--env", name, "--output", "demo"]) == demo.EXIT_WRONG_OPTIONS
+    finally:
+        del gym.registry[name]
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -304,13 +325,6 @@ def test_nothing_to_draw(draw: object, tmp_path: Path) -> None:
     """A run without the numbers is told apart from a mistake, and no file is written."""
     path = tmp_path / "progress.csv"
     path.write_text("time/total_timesteps,train/critic_loss\n100,1.0\n")
-    with pytest.raises(figures.NothingToDraw, match="progress.csv"):
+    with pytest.raises(figures.NothingToDraw, match="progress"):
         draw(path, tmp_path / "figure.png")  # type: ignore[operator]
     assert not (tmp_path / "figure.png").exists()
-
-
-def test_figures_need_no_pyplot() -> None:
-    """Importing the figures chooses no backend."""
-    code = "import sys, sb3_agpo.tracking.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(demo.__file__).resolve().parents[1]), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -37,6 +37,7 @@ from sb3_agpo.agpo.updates import (
     temporal_difference_loss,
     window_update,
 )
+from sb3_agpo.dynamics.interface import absent_derivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.provider import VecDynamics, attach_dynamics
 from sb3_agpo.dynamics.recorder import ProviderReport
@@ -264,9 +265,13 @@ class AGPO(OffPolicyAlgorithm):
         if self.dynamics is not None and self.critic_grad_coef > 0.0:
             self._warn_about_memory()
 
+    def _sizes(self) -> tuple[int, int]:
+        """Lengths of an observation and of an action, where there are derivatives."""
+        return self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
+
     def _warn_about_memory(self) -> None:
         """Count stored derivatives in the same kind of warning that SB3's replay buffer gives."""
-        nobs, nu = self.observation_space.shape[0], self.action_space.shape[0]  # type: ignore[index]
+        nobs, nu = self._sizes()
         each = DerivativeReplayBuffer.bytes_per_transition(nobs, nu, self.provider_report.tangent_size)
         needed = min(int(self.derivative_memory * 1e9), each * self.buffer_size)
         available = psutil.virtual_memory().available if psutil is not None else math.inf
@@ -301,6 +306,11 @@ class AGPO(OffPolicyAlgorithm):
     def simulator_calls(self) -> int:
         """Environment steps simulated in total, finite differences included."""
         return self.num_timesteps + (self.dynamics.simulator_calls if self.dynamics is not None else 0)
+
+    @property
+    def needs_derivatives(self) -> bool:
+        """Whether anything makes use of simulator derivatives."""
+        return self.gradient_mode != "q" or self.critic_grad_coef > 0.0
 
     # ------------------------------------------------------------------ collection
 
@@ -367,12 +377,17 @@ class AGPO(OffPolicyAlgorithm):
         """Differentiate the steps collected since the last call, for both buffers."""
         assert self.dynamics is not None
         start = time.perf_counter()
-        derivatives = self.dynamics.take(self.rollout_buffer.n_pending)
+        n_pending = self.rollout_buffer.n_pending
+        if self.needs_derivatives:
+            derivatives = self.dynamics.take(n_pending)
+            self._check_derivatives(derivatives.valid)
+        else:
+            self.dynamics.discard()
+            derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes())
         transitions = self.rollout_buffer.add_derivatives(derivatives)
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
         self._record("derivative_seconds", time.perf_counter() - start)
-        self._check_derivatives(derivatives.valid)
         if self.num_timesteps <= self.learning_starts:  # actions were not the policy's
             self.rollout_buffer.reset()
 

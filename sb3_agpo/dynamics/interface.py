@@ -66,6 +66,21 @@ def concatenate(parts: Sequence[TransitionDerivatives]) -> TransitionDerivatives
     return TransitionDerivatives._make(np.concatenate(fields) for fields in zip(*parts, strict=True))
 
 
+def absent_derivatives(n: int, nobs: int, nu: int) -> TransitionDerivatives:
+    """
+    A batch of transitions whose derivatives are not known: ``valid`` is False everywhere, so that the critic takes over.
+
+    :param n: number of transitions
+    :param nobs: length of an observation
+    :param nu: length of an action
+    :return: zeros, with a tangent space of one dimension
+    """
+    shapes = {"A": (1, 1), "B": (1, nu), "C": (nobs, 1), "next_C": (nobs, 1), "O_x": (nobs, 1), "O_a": (nobs, nu)}
+    shapes |= {"r_x": (1,), "r_a": (nu,), "next_state": (1,), "next_obs": (nobs,), "reward": ()}
+    flags = {"terminated": np.zeros(n, dtype=np.bool_), "valid": np.zeros(n, dtype=np.bool_)}
+    return TransitionDerivatives(**{name: np.zeros((n, *shape)) for name, shape in shapes.items()}, **flags)
+
+
 @runtime_checkable
 class DifferentiableDynamics(Protocol):
     """

@@ -20,16 +20,18 @@ from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 PRIVATE_ATTRIBUTES = ("model", "data", "mujoco_renderer", "render_mode")
 #: attributes that describe how an environment was made; nothing changes them, so they need no copy
 SHARED_ATTRIBUTES = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs")
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
 
 class Situation(NamedTuple):
     """What an environment was like at some time: all that its next step can depend on."""
 
-    attributes: dict[str, Any]
+    constants: dict[str, Any]  # attributes that all rows share
+    attributes: dict[str, Any]  # all others
     model: mujoco.MjModel  # which the attributes refer to, if any does
     data: mujoco.MjData
     generators: list[tuple[np.random.Generator, Any]]  # those that the attributes refer to, and their states then
-    shared: list[Any]  # what attributes refer to and rows do not change
+    shared: list[Any]  # what other attributes may refer to and is shared too
 
 
 class PrivateCopy:
@@ -108,7 +110,7 @@ class PrivateCopy:
         attributes = copy_attributes(situation.attributes, twins | {id(situation.model): env.model})
         kept = {name: vars(env)[name] for name in PRIVATE_ATTRIBUTES}
         vars(env).clear()  # also of what `step` sets for the first time
-        vars(env).update(attributes, **kept)
+        vars(env).update(situation.constants, **attributes, **kept)
         for generator, state in situation.generators:
             generator.bit_generator.state = state
         if self._draws_globally:
@@ -177,12 +179,25 @@ def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, t
     twins = twins | {id(thing): thing for thing in shared}
     owners = (env, attributes.get("action_space"), attributes.get("observation_space"))
     found = (getattr(owner, "_np_random", None) for owner in owners)
-    # Making a generator is slow, setting its state is not: rows share the copies made here
+    # Making a generator is slow, setting its state is not: rows share the copies made here, and the spaces that use them
     originals = [generator for generator in found if isinstance(generator, np.random.Generator)]
     generators = [(copy.deepcopy(generator, twins), generator.bit_generator.state) for generator in originals]
     copied = copy_attributes(attributes, twins)
-    spaces = [copied[name] for name in ("action_space", "observation_space") if name in copied]
-    return Situation(copied, model, data, generators, [*shared, *spaces, *(generator for generator, _ in generators)])
+    shared += [copied[name] for name in ("action_space", "observation_space") if name in copied]
+    shared += [generator for generator, _ in generators]
+    kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
+    constants = {name: copied.pop(name) for name in kept}
+    return Situation(constants, copied, model, data, generators, shared)
+
+
+def is_constant(value: Any) -> bool:
+    """
+    Whether a value is one that nothing can change.
+
+    :param value: any object
+    :return: True for numbers, texts and tuples of them
+    """
+    return isinstance(value, CONSTANTS) or (type(value) is tuple and all(map(is_constant, value)))
 
 
 def copy_attributes(attributes: dict[str, Any], twins: dict[int, Any]) -> dict[str, Any]:

@@ -273,7 +273,10 @@ def _draw_pair(axes: Axes, numbers: Progress, statistic: str, title: str) -> Non
     :param statistic: end of the columns' names
     :param title: of the panel
     """
-    for name, source, color, line in (("simulator", "analytic", ANALYTIC_COLOR, "-"), ("critic", "critic", CRITIC_COLOR, "--")):
+    for name, source, color, line in (
+        ("simulator", "analytic", ANALYTIC_COLOR, "-"),
+        ("critic", "critic", CRITIC_COLOR, "--"),
+    ):
         steps, values = _rows(numbers, STEPS, f"train/{source}_{statistic}")
         positive = values > 0  # a logarithm has no place for the zeros of a batch whose derivatives were all distrusted
         axes.plot(steps[positive], values[positive], line, color=color, linewidth=1.8, label=name)

@@ -1,0 +1,111 @@
+"""
+Sphinx extension for the API reference: a directive that documents all modules of a package, and readable record fields.
+
+````
+```{package-reference} sb3_agpo.agpo
+```
+````
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import textwrap
+from typing import Any
+
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+
+def modules_of(package_name: str, recursive: bool = True) -> list[str]:
+    """
+    Name a package and its modules.
+
+    :param package_name: dotted name of a package or module
+    :param recursive: also name the modules inside of its packages
+    :return: dotted names, the package first
+    """
+    package = importlib.import_module(package_name)
+    names = [package_name]
+    for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{package_name}."):
+        if module.ispkg and recursive:
+            names += modules_of(module.name)
+        elif not module.ispkg and not module.name.rpartition(".")[2].startswith("__"):
+            names.append(module.name)
+    return names
+
+
+class PackageReference(SphinxDirective):
+    """A section for each module of a package, with everything public in it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """
+        Expand to one ``automodule`` per module.
+
+        :return: one section per module
+        """
+        sections: list[nodes.Node] = []
+        for name in modules_of(self.arguments[0]):
+            section = nodes.section(ids=[nodes.make_id(f"module-reference-{name}")])
+            section += nodes.title("", "", nodes.literal("", name))
+            options = [":members:", ":undoc-members:", ":show-inheritance:", ":ignore-module-all:"]
+            lines = ["```{eval-rst}", f".. automodule:: {name}", *(f"   {option}" for option in options), "```"]
+            self.state.nested_parse(StringList(lines, source=name), self.content_offset, section)
+            sections.append(section)
+        return sections
+
+
+def field_comments(record: type) -> dict[str, str]:
+    """
+    Read the comments behind the fields of a named tuple, which Python forgets.
+
+    :param record: the class
+    :return: field -> comment
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(record))
+    except (OSError, TypeError):
+        return {}
+    lines = source.splitlines()
+    comments = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        above = []
+        for line in reversed(lines[: node.lineno - 1]):
+            if not line.strip().startswith("#"):
+                break
+            above.insert(0, line.strip().lstrip("#: "))
+        behind = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()  # type: ignore[operator]
+        comments[node.target.id] = " ".join([behind] if behind else above)
+    return comments
+
+
+def describe_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Put a field's comment in place of "Alias for field number 3"."""
+    if len(lines) == 0 or not re.fullmatch(r"Alias for field number \d+", lines[0]):
+        return
+    owner, _, field = name.rpartition(".")
+    module, _, class_name = owner.rpartition(".")
+    record = getattr(importlib.import_module(module), class_name)
+    comment = field_comments(record).get(field, "")
+    # Shapes such as (n, nu) and names such as O_x are code, not markup
+    lines[:] = [re.sub(r"(?<!\w)([A-Za-z]\w*_)(?!\w)", r"\1\\ ", comment)] if comment else ["A field."]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """
+    Register with Sphinx.
+
+    :param app: the application
+    :return: facts about the extension
+    """
+    app.add_directive("package-reference", PackageReference)
+    app.connect("autodoc-process-docstring", describe_field)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,603 @@
+"""AGPO takes what SB3's own off-policy algorithms take: spaces, policies, schedules, buffers, wrappers."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from small_models import RandomEnv, flat_state, parameters_equal, small_model
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from torch import nn
+
+from sb3_agpo import AGPO
+from sb3_agpo.agpo.policies import AGPOPolicy
+
+#: with and without simulator derivatives
+TASKS = ("InvertedPendulum-v5", "Pendulum-v1")
+METRICS = Path(__file__).parent.parent / "docs" / "metrics.md"
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Iterator[None]:
+    """Nothing here may warn, inside ``learn`` least of all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Not ours: importing tensorboard, and Monitor's open files when the interpreter collects them
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|tensorboard|google")
+        yield
+
+
+class TanhExtractor(BaseFeaturesExtractor):
+    """Features of another number than observations."""
+
+    def __init__(self, observation_space: spaces.Space[Any], features_dim: int = 6) -> None:
+        super().__init__(observation_space, features_dim)
+        assert observation_space.shape is not None
+        self.net = nn.Sequential(nn.Linear(observation_space.shape[0], features_dim), nn.Tanh())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.net(observations)
+
+
+class BatchNormDropoutExtractor(BaseFeaturesExtractor):
+    """Layers that act differently in training and in evaluation."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        assert observation_space.shape is not None
+        super().__init__(observation_space, observation_space.shape[0])
+        self.batch_norm = nn.BatchNorm1d(observation_space.shape[0])
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.dropout(self.batch_norm(observations))
+
+
+# ---------------------------------------------------------------------- spaces
+
+OBSERVATION_SPACES = {
+    "float64": spaces.Box(-1.0, 1.0, (3,), np.float64),
+    "matrix": spaces.Box(-1.0, 1.0, (2, 3), np.float32),
+    "integers": spaces.Box(-5, 5, (3,), np.int32),
+    "discrete": spaces.Discrete(4),
+    "multi_discrete": spaces.MultiDiscrete([4, 3]),
+    "multi_binary": spaces.MultiBinary(5),
+}
+ACTION_SPACES = {
+    "float64": spaces.Box(-1.0, 1.0, (2,), np.float64),
+    "matrix": spaces.Box(-1.0, 1.0, (2, 3), np.float32),
+    "asymmetric": spaces.Box(np.array([-3.0, 1.0], np.float32), np.array([0.5, 20.0], np.float32)),
+}
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("space", OBSERVATION_SPACES.values(), ids=OBSERVATION_SPACES)
+def test_observation_spaces(space: spaces.Space[Any], n_envs: int) -> None:
+    env = make_vec_env(lambda: RandomEnv(space), n_envs)
+    model = small_model(env, learning_starts=10).learn(30)
+    actions, _ = model.predict(env.reset(), deterministic=True)
+    assert actions.shape == (n_envs, 1)
+    assert model._n_updates > 0
+
+
+@pytest.mark.parametrize("space", ACTION_SPACES.values(), ids=ACTION_SPACES)
+def test_action_spaces(space: spaces.Box) -> None:
+    env = RandomEnv(spaces.Box(-1.0, 1.0, (3,), np.float32), space)
+    model = small_model(env, learning_starts=10).learn(30)
+    action, _ = model.predict(env.reset()[0])
+    assert action.shape == space.shape
+    assert np.all(action >= space.low) and np.all(action <= space.high)
+    assert model.target_entropy == -np.prod(space.shape)
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(2), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)])
+def test_wrong_action_space(space: spaces.Space[Any]) -> None:
+    with pytest.raises(AssertionError, match="only supports"):
+        small_model(RandomEnv(spaces.Box(-1.0, 1.0, (3,)), space))
+
+
+def test_unbounded_actions() -> None:
+    with pytest.raises(AssertionError, match="finite"):
+        small_model(RandomEnv(spaces.Box(-1.0, 1.0, (3,)), spaces.Box(-np.inf, np.inf, (1,))))
+
+
+def test_dict_observation_needs_multi_input_policy() -> None:
+    with pytest.raises(ValueError, match="MultiInputPolicy"):
+        small_model(SimpleMultiObsEnv(discrete_actions=False))
+
+
+class ResetWithoutOptions(gym.Env[Any, Any]):
+    """``reset`` takes no ``options``, as SB3 allows."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (3,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, bool(self.np_random.random() < 0.2), {}
+
+
+def test_reset_without_options() -> None:
+    small_model(ResetWithoutOptions()).learn(40)
+
+
+# ---------------------------------------------------------------------- policies
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_cnn_policy(share: bool) -> None:
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+    kwargs = {"features_extractor_kwargs": {"features_dim": 8}, "share_features_extractor": share}
+    model = small_model(env, "CnnPolicy", kwargs, buffer_size=40, learning_starts=5, batch_size=4)
+    assert (model.actor.features_extractor is model.critic.features_extractor) == share
+    before = {name: value.clone() for name, value in model.policy.named_parameters()}
+    model.learn(20)
+    # A shared extractor learns from the actor's loss, the critic's own one from the critic's, and the target follows
+    still = [name for name, value in model.policy.named_parameters() if th.equal(value, before[name])]
+    assert still == ([n for n in still if n.startswith("critic_target.features_extractor.linear")] if share else [])
+    action, _ = model.predict(env.reset()[0])  # channels last, as the environment gives it
+    assert action.shape == env.action_space.shape
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_multi_input_policy(channels_last: bool) -> None:
+    env = make_vec_env(lambda: SimpleMultiObsEnv(random_start=True, discrete_actions=False, channel_last=channels_last), 2)
+    kwargs = {"features_extractor_kwargs": {"cnn_output_dim": 8}}
+    model = small_model(env, "MultiInputPolicy", kwargs, buffer_size=60, learning_starts=10, batch_size=4)
+    model.learn(30)
+    assert isinstance(model.replay_buffer, DictReplayBuffer)
+    evaluate_policy(model, env, n_eval_episodes=1, warn=False)
+
+
+POLICY_KWARGS: dict[str, dict[str, Any]] = {
+    "net_arch": {"net_arch": {"pi": [8], "qf": [16, 8]}},
+    "linear": {"net_arch": []},
+    "activation": {"activation_fn": nn.ReLU},
+    "optimizer": {"optimizer_class": th.optim.AdamW, "optimizer_kwargs": {"weight_decay": 1e-3}},
+    "adam_options": {"optimizer_kwargs": {"foreach": True, "eps": 1e-5}},
+    "one_critic": {"n_critics": 1},
+    "three_critics": {"n_critics": 3},
+    "no_layer_norm": {"layer_norm": False},
+    "extractor": {"features_extractor_class": TanhExtractor, "features_extractor_kwargs": {"features_dim": 5}},
+    "shared_extractor": {"features_extractor_class": TanhExtractor, "share_features_extractor": True},
+    "batch_norm": {"features_extractor_class": BatchNormDropoutExtractor},
+    "shared_batch_norm": {"features_extractor_class": BatchNormDropoutExtractor, "share_features_extractor": True},
+}
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("kwargs", POLICY_KWARGS.values(), ids=POLICY_KWARGS)
+def test_policy_kwargs(kwargs: dict[str, Any], env_id: str) -> None:
+    model = small_model(env_id, policy_kwargs=kwargs)
+    before = [value.clone() for value in model.policy.parameters()]
+    model.learn(60)
+    after = list(model.policy.parameters())
+    changed = sum(not th.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert changed >= 0.9 * len(after)  # a target's copy of a shared extractor may stand still
+    assert all(th.isfinite(value).all() for value in after)
+
+
+def test_policy_class_and_alias() -> None:
+    assert parameters_equal(small_model("Pendulum-v1"), small_model("Pendulum-v1", AGPOPolicy))
+    with pytest.raises(ValueError, match="unknown"):
+        small_model("Pendulum-v1", "NoPolicy")
+
+
+def test_training_mode() -> None:
+    """Batch normalisation and dropout are off when acting, on when learning, and the targets never learn."""
+    model = small_model("InvertedPendulum-v5", policy_kwargs=POLICY_KWARGS["batch_norm"], learning_starts=10)
+    model.learn(10)
+    modes = {"actor": model.actor, "critic": model.critic, "critic_target": model.critic_target}
+    assert not any(module.training for module in modes.values())
+    obs = model.observation_space.sample()
+    first, _ = model.predict(obs, deterministic=True)
+    assert np.array_equal(first, model.predict(obs, deterministic=True)[0])  # no dropout
+    running = [m.features_extractor.batch_norm.running_mean.clone() for m in modes.values()]
+    model.train(gradient_steps=1, batch_size=8)
+    assert {name: module.training for name, module in modes.items()} == {
+        "actor": True,
+        "critic": True,
+        "critic_target": False,
+    }
+    moved = [not th.equal(m.features_extractor.batch_norm.running_mean, r) for m, r in zip(modes.values(), running, strict=True)]
+    assert moved == [True, True, True]  # the target's are copied, see SB3 GH #996
+    critics = (model.critic.features_extractor.batch_norm, model.critic_target.features_extractor.batch_norm)
+    assert th.equal(critics[0].running_mean, critics[1].running_mean)
+    model.predict(obs)
+    assert not model.actor.training
+
+
+# ---------------------------------------------------------------------- hyperparameters
+
+
+@pytest.mark.parametrize("ent_coef", ["auto", "auto_0.01", 0.1, 0, 0.0])
+def test_ent_coef(ent_coef: str | float) -> None:
+    model = small_model("InvertedPendulum-v5", ent_coef=ent_coef)
+    start = {"auto": 1.0, "auto_0.01": 0.01}.get(str(ent_coef), ent_coef)
+    assert model._current_ent_coef().item() == pytest.approx(float(start))
+    model.learn(60)
+    learned = isinstance(ent_coef, str)
+    assert (model._current_ent_coef().item() != pytest.approx(float(start), abs=1e-9)) == learned
+    assert ("train/ent_coef_loss" in model.logger.name_to_value) == learned
+
+
+def test_ent_coef_out_of_range() -> None:
+    with pytest.raises((AssertionError, ValueError), match="ent_coef"):
+        small_model("Pendulum-v1", ent_coef="auto_-1")
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, ConstantSchedule(1e-3), LinearSchedule(1e-3, 1e-4, 0.5), lambda _: 1e-3])
+@pytest.mark.parametrize("critic_learning_rate", [None, 0.0, LinearSchedule(1e-2, 1e-4, 1.0)])
+def test_learning_rates(learning_rate: Any, critic_learning_rate: Any) -> None:
+    model = small_model("Pendulum-v1", learning_rate=learning_rate, critic_learning_rate=critic_learning_rate)
+    critic_before = [value.clone() for value in model.critic.parameters()]
+    model.learn(40)
+    progress = model._current_progress_remaining
+    expected = learning_rate(progress) if callable(learning_rate) else learning_rate
+    assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    expected = model.critic_lr_schedule(progress)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+    frozen = all(th.equal(a, b) for a, b in zip(critic_before, model.critic.parameters(), strict=True))
+    assert frozen == (critic_learning_rate == 0.0)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize(
+    ("train_freq", "gradient_steps", "n_envs", "expected"),
+    [
+        (4, 2, 1, 20),
+        ((4, "step"), 1, 1, 10),
+        (1, -1, 1, 40),
+        (4, -1, 1, 40),
+        (4, -1, 2, 40),
+        (4, 0, 2, 0),
+    ],
+)
+def test_number_of_updates(env_id: str, train_freq: Any, gradient_steps: int, n_envs: int, expected: int) -> None:
+    env = make_vec_env(env_id, n_envs)
+    model = small_model(env, train_freq=train_freq, gradient_steps=gradient_steps).learn(60)
+    assert model.num_timesteps >= 60
+    updates = expected + (model.num_timesteps - 60) if gradient_steps < 0 else expected
+    assert model._n_updates == updates
+    assert len(model.rollout_buffer._transitions) <= 60  # nothing piles up without bound
+
+
+def test_train_freq_episode() -> None:
+    model = small_model("InvertedPendulum-v5", train_freq=(1, "episode"), gradient_steps=-1).learn(100)
+    assert 0 < model._n_updates <= model.num_timesteps
+    with pytest.raises(AssertionError, match="one env"):
+        small_model(make_vec_env("InvertedPendulum-v5", 2), train_freq=(1, "episode")).learn(100)
+    with pytest.raises(ValueError, match="unit"):
+        small_model("InvertedPendulum-v5", train_freq=(1, "year"))
+
+
+def test_no_training_stores_nothing_for_ever() -> None:
+    """``gradient_steps=0`` collects experience alone: windows that nobody will use must not pile up."""
+    model = small_model("InvertedPendulum-v5", gradient_steps=0).learn(200)
+    assert len(model.rollout_buffer._transitions) < 60
+    assert model._n_updates == 0
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("kind", ["normal", "ornstein_uhlenbeck"])
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_action_noise(env_id: str, kind: str, n_envs: int) -> None:
+    noise_class = {"normal": NormalActionNoise, "ornstein_uhlenbeck": OrnsteinUhlenbeckActionNoise}[kind]
+    model = small_model(make_vec_env(env_id, n_envs), action_noise=noise_class(np.zeros(1), 0.1 * np.ones(1)))
+    model.learn(60)
+    assert isinstance(model.action_noise, VectorizedActionNoise) == (n_envs > 1)
+    assert model._n_updates > 0
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("sde_sample_freq", [-1, 8])
+@pytest.mark.parametrize("policy_kwargs", [{}, {"use_expln": True, "log_std_init": -2}])
+def test_sde(env_id: str, sde_sample_freq: int, policy_kwargs: dict[str, Any]) -> None:
+    env = make_vec_env(env_id, 2)
+    options: dict[str, Any] = {"use_sde": True, "sde_sample_freq": sde_sample_freq, "use_sde_at_warmup": True}
+    model = small_model(env, policy_kwargs=policy_kwargs, **options).learn(80)
+    assert model.actor.get_std().isfinite().all()
+    model.policy.reset_noise()
+    model.predict(env.reset(), deterministic=False)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_n_steps(env_id: str, n_envs: int) -> None:
+    model = small_model(make_vec_env(env_id, n_envs), n_steps=3).learn(60)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert model.replay_buffer.n_steps == 3
+    assert model.replay_buffer.sample(8).discounts is not None
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_optimize_memory_usage(env_id: str) -> None:
+    with pytest.raises(ValueError, match="handle_timeout_termination"):
+        small_model(env_id, optimize_memory_usage=True)
+    model = small_model(
+        env_id, optimize_memory_usage=True, replay_buffer_kwargs={"handle_timeout_termination": False}, gradient_steps=1
+    )
+    model.learn(60)
+    with pytest.warns(UserWarning, match="last trajectory in the replay buffer will be truncated"):
+        model.learn(30)
+
+
+class CountingReplayBuffer(ReplayBuffer):
+    """A custom buffer class."""
+
+    def __init__(self, *args: Any, note: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note = note
+
+
+def test_custom_replay_buffer() -> None:
+    model = small_model(
+        "InvertedPendulum-v5", replay_buffer_class=CountingReplayBuffer, replay_buffer_kwargs={"note": "here"}
+    ).learn(60)
+    assert isinstance(model.replay_buffer, CountingReplayBuffer)
+    assert model.replay_buffer.note == "here"
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("strategy", ["future", "final"])
+def test_her(n_envs: int, strategy: str) -> None:
+    env = make_vec_env(lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=4), n_envs)
+    model = small_model(
+        env,
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"n_sampled_goal": 2, "goal_selection_strategy": strategy},
+    )
+    model.learn(60)
+    assert model._n_updates > 0
+    assert model.dynamics is None and model.provider_report.kind == "none"
+
+
+# ---------------------------------------------------------------------- vectorised environments
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("options", [{}, {"norm_obs": False}, {"norm_reward": False}, {"clip_obs": 0.1, "clip_reward": 0.1}])
+def test_vec_normalize(env_id: str, options: dict[str, Any]) -> None:
+    env = VecNormalize(make_vec_env(env_id, 2), gamma=0.99, **options)
+    model = small_model(env).learn(80)
+    assert model.get_vec_normalize_env() is env
+    assert all(th.isfinite(value).all() for value in model.policy.parameters())
+
+
+def test_subproc_vec_env() -> None:
+    env = make_vec_env("InvertedPendulum-v5", 2, vec_env_cls=SubprocVecEnv)
+    model = small_model(env).learn(60)
+    env.close()
+    assert model.provider_report.kind == "mujoco" and model._n_updates > 0
+
+
+def test_frame_stack() -> None:
+    model = small_model(VecFrameStack(make_vec_env("InvertedPendulum-v5", 2), 2)).learn(60)
+    assert model.provider_report.kind == "none" and model._n_updates > 0
+
+
+def test_bare_environment_and_id() -> None:
+    """An id, a Gymnasium environment and its unwrapped core are all wrapped in a Monitor."""
+    for env in ("InvertedPendulum-v5", gym.make("InvertedPendulum-v5"), gym.make("InvertedPendulum-v5").unwrapped):
+        model = small_model(env).learn(40)
+        assert model.provider_report.kind == "mujoco"
+        assert len(model.ep_info_buffer or []) > 0
+
+
+def test_set_env() -> None:
+    model = small_model("InvertedPendulum-v5").learn(40)
+    model.set_env(gym.make("InvertedPendulum-v5"))
+    model.learn(40, reset_num_timesteps=False)
+    assert model.num_timesteps == 80 and model.dynamics is not None
+    normalized = VecNormalize(make_vec_env("InvertedPendulum-v5", 1))
+    model.set_env(normalized)
+    model.learn(40, reset_num_timesteps=False)
+    assert model.get_vec_normalize_env() is normalized
+    model.set_env(make_vec_env("InvertedPendulum-v5", 1), force_reset=True)
+    assert model.get_vec_normalize_env() is None
+    with pytest.raises(AssertionError, match="number of environments"):
+        model.set_env(make_vec_env("InvertedPendulum-v5", 2))
+    with pytest.raises(ValueError, match="spaces do not match"):
+        model.set_env(gym.make("Pendulum-v1"))
+
+
+def test_set_logger_and_stats_window(tmp_path: Path) -> None:
+    model = small_model("InvertedPendulum-v5", stats_window_size=3)
+    logger = configure(str(tmp_path), ["csv", "json"])
+    model.set_logger(logger)
+    model.learn(120, log_interval=1)
+    assert model.logger is logger
+    assert model.ep_info_buffer is not None and model.ep_info_buffer.maxlen == 3
+    assert "train/critic_loss" in (tmp_path / "progress.csv").read_text().splitlines()[0]
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    model = small_model("InvertedPendulum-v5", tensorboard_log=str(tmp_path)).learn(40)
+    model.learn(20, reset_num_timesteps=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["AGPO_1"]
+    model.learn(20, tb_log_name="other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["AGPO_1", "other_1"]
+
+
+# ---------------------------------------------------------------------- reproducibility
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_same_seed_twice(env_id: str, n_envs: int) -> None:
+    first, second = (small_model(make_vec_env(env_id, n_envs, seed=0)).learn(150) for _ in range(2))
+    assert parameters_equal(first, second)
+    rewards = [model.replay_buffer.rewards for model in (first, second)]
+    assert np.array_equal(*rewards)
+    other = small_model(make_vec_env(env_id, n_envs), seed=1).learn(150)
+    assert not np.array_equal(rewards[0], other.replay_buffer.rewards)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_learning_in_two_parts(env_id: str, n_envs: int) -> None:
+    whole = small_model(make_vec_env(env_id, n_envs)).learn(160)
+    parts = small_model(make_vec_env(env_id, n_envs)).learn(100)
+    parts.learn(60, reset_num_timesteps=False)
+    assert whole.num_timesteps == parts.num_timesteps == 160
+    assert parameters_equal(whole, parts)
+
+
+def test_evaluation_between_two_parts() -> None:
+    """Steps of the training environment outside ``learn`` are not taken for experience, and none is remembered."""
+    model = small_model("InvertedPendulum-v5").learn(50)
+    env = model.get_env()
+    assert env is not None
+    evaluate_policy(model, env, n_eval_episodes=2)
+    assert max(env.get_attr("n_recorded")) <= model.rollout_buffer.n_pending
+    model.learn(50)
+    assert model.num_timesteps == 50
+
+
+# ---------------------------------------------------------------------- learning
+
+
+class InfiniteHorizonEnv(gym.Env[Any, Any]):
+    """A ring of states that never ends, one unit of reward each step."""
+
+    def __init__(self, n_states: int = 4) -> None:
+        self.n_states, self.state = n_states, 0
+        self.observation_space = spaces.Discrete(n_states)
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = 0
+        return self.state, {}
+
+    def step(self, action: Any) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        self.state = (self.state + 1) % self.n_states
+        return self.state, 1.0, False, False, {}
+
+
+@pytest.mark.parametrize("handle_timeout_termination", [False, True])
+def test_infinite_horizon_value(handle_timeout_termination: bool) -> None:
+    """A time limit is no end of the task: the value is that of the endless one, 1 / (1 - gamma)."""
+    model = small_model(
+        gym.wrappers.TimeLimit(InfiniteHorizonEnv(), 8),
+        policy_kwargs={"net_arch": [16], "n_critics": 1},
+        gamma=0.98,
+        tau=0.5,
+        learning_rate=0.01,
+        critic_learning_rate=0.01,
+        learning_starts=0,
+        batch_size=256,
+        train_freq=1,
+        ent_coef=0.0,
+        policy_delay=1,
+        replay_buffer_kwargs={"handle_timeout_termination": handle_timeout_termination},
+    ).learn(500)
+    obs, _ = model.policy.obs_to_tensor(np.array(0))
+    value = model.critic(obs, model.actor(obs))[0].item()
+    endless = 1.0 / (1.0 - 0.98)
+    assert abs(value - endless) < 1.0 if handle_timeout_termination else value < endless - 5.0
+
+
+def test_learns_identity_with_critic_alone() -> None:
+    env = IdentityEnvBox(eps=0.5)
+    model = small_model(
+        env,
+        policy_kwargs={"net_arch": [64, 64]},
+        gamma=0.95,
+        learning_rate=1e-3,
+        critic_learning_rate=1e-3,
+        learning_starts=100,
+        batch_size=256,
+        buffer_size=1000,
+        train_freq=1,
+        policy_delay=1,
+    ).learn(1000)
+    reward, _ = evaluate_policy(model, env, n_eval_episodes=20, reward_threshold=90, warn=False)
+    assert reward > 90
+
+
+# ---------------------------------------------------------------------- logger
+
+
+def documented_keys() -> list[str]:
+    """Keys in the first column of the tables of docs/metrics.md, as regular expressions."""
+    keys = re.findall(r"^\| `(train/[^`]+)` \|", METRICS.read_text(), flags=re.MULTILINE)
+    return [re.sub(r"<[a-z]+>", r"\\d+", key) for key in keys]
+
+
+def logged_keys(env_id: str, **kwargs: Any) -> set[str]:
+    """Keys that a short run leaves in the logger."""
+    model = small_model(env_id, **kwargs).learn(101, log_interval=1000)
+    model.dump_logs = lambda: None  # type: ignore[method-assign]
+    return set(model.logger.name_to_value)
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("kwargs", [{}, {"use_sde": True}, {"gradient_mode": "q"}, {"ent_coef": 0.1}])
+def test_logged_keys_are_documented_and_short(env_id: str, kwargs: dict[str, Any]) -> None:
+    keys = logged_keys(env_id, **kwargs)
+    assert "train/critic_loss" in keys and "train/learning_rate" in keys
+    training = {key for key in keys if key.startswith("train/")}
+    undocumented = {key for key in training if not any(re.fullmatch(pattern, key) for pattern in documented_keys())}
+    assert not undocumented, f"add {sorted(undocumented)} to {METRICS.name}"
+    names = [key.split("/")[1] for key in training]
+    assert max(map(len, names)) < 34
+    assert len({name[:30] for name in names}) == len(names)
+    # SB3's text output cuts long keys, and raises if two become one
+    HumanOutputFormat("log.txt").write(dict.fromkeys(training, 0.0), dict.fromkeys(training, ()), 0)
+
+
+def test_documented_keys_are_logged() -> None:
+    keys = set().union(*(logged_keys("InvertedPendulum-v5", **kwargs) for kwargs in ({}, {"n_steps": 2})))
+    keys |= {"train/std"}  # written by SB3 itself, under gSDE, when it dumps
+    gone = [pattern for pattern in documented_keys() if not any(re.fullmatch(pattern, key) for key in keys)]
+    assert not gone, f"{METRICS.name} describes what is not logged: {gone}"
+
+
+def test_logged_values_are_finite_numbers() -> None:
+    model = small_model("InvertedPendulum-v5")
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    model.learn(101, log_interval=1000)
+    values = {key: value for key, value in model.logger.name_to_value.items() if key.startswith("train/")}
+    assert all(isinstance(value, (int, float)) and np.isfinite(value) for value in values.values()), values
+
+
+def test_verbose_says_where_derivatives_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    small_model("InvertedPendulum-v5", verbose=1)
+    assert "Simulator derivatives: from mujoco" in capsys.readouterr().out
+    small_model("Pendulum-v1", verbose=1)
+    assert "Simulator derivatives: none" in capsys.readouterr().out
+    small_model("Pendulum-v1")
+    assert capsys.readouterr().out == ""
+
+
+def test_flat_state_sees_every_parameter() -> None:
+    """The comparison that this file relies on must notice a single changed weight."""
+    first, second = small_model("Pendulum-v1"), small_model("Pendulum-v1")
+    assert parameters_equal(first, second) and len(flat_state(first)) > 20
+    with th.no_grad():
+        next(iter(second.critic.parameters())).view(-1)[0] += 1e-6
+    assert not parameters_equal(first, second)
+
+
+def test_arguments_in_the_order_of_sb3() -> None:
+    model = AGPO("MlpPolicy", DummyVecEnv([lambda: gym.make("Pendulum-v1")]), 1e-3, 300, 10, 8, 0.01, 0.9)
+    assert (model.buffer_size, model.learning_starts, model.batch_size, model.tau, model.gamma) == (300, 10, 8, 0.01, 0.9)
