@@ -98,7 +98,8 @@ class AGPO(OffPolicyAlgorithm):
     :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
     :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off
     :param critic_grad_batch_size: transitions with derivatives in each critic update
-    :param policy_delay: critic updates per policy update on replayed transitions; 0 turns those off
+    :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
+        none where there are derivatives and 1 where there are not
     :param max_grad_norm: the policy gradient of fresh windows is clipped to this norm
     :param derivative_memory: most memory for stored derivatives, in gigabytes; the oldest transitions give way
     :param finite_differences: step sizes, scheme and threads of finite differences
@@ -150,12 +151,12 @@ class AGPO(OffPolicyAlgorithm):
         gradient_mode: str = "adaptive",
         horizon: int = 4,
         rollout_size: int = 64,
-        rollout_epochs: int = 1,
+        rollout_epochs: int = 4,
         gate: Gate | Callable[[th.Tensor, th.Tensor, int], th.Tensor] | None = None,
         critic_learning_rate: float | Schedule | None = 5e-4,
         critic_grad_coef: float = 1.0,
         critic_grad_batch_size: int = 64,
-        policy_delay: int = 2,
+        policy_delay: int | None = None,
         max_grad_norm: float = 1.0,
         derivative_memory: float = 0.5,
         finite_differences: FiniteDifferences | None = None,
@@ -177,7 +178,7 @@ class AGPO(OffPolicyAlgorithm):
             not_negative={
                 "rollout_epochs": rollout_epochs,
                 "critic_grad_coef": critic_grad_coef,
-                "policy_delay": policy_delay,
+                "policy_delay": 0 if policy_delay is None else policy_delay,
             },
             more_than_zero={"max_grad_norm": max_grad_norm, "derivative_memory": derivative_memory},
             fractions={"max_invalid_fraction": max_invalid_fraction},
@@ -415,9 +416,10 @@ class AGPO(OffPolicyAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rates()
+        policy_delay = self._current_policy_delay()
         for _ in range(gradient_steps):
             self._update_critic(batch_size)
-            if self.policy_delay and self._n_updates % self.policy_delay == 0:
+            if policy_delay and self._n_updates % policy_delay == 0:
                 self._update_policy_from_replay(batch_size)
             if self._n_updates % self.target_update_interval == 0:
                 self._update_target()
@@ -434,6 +436,12 @@ class AGPO(OffPolicyAlgorithm):
             optimizers.append(self.ent_coef_optimizer)
         self._update_learning_rate(optimizers)
         update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
+
+    def _current_policy_delay(self) -> int:
+        """Critic updates per replayed policy update: without windows these are the only ones."""
+        if self.policy_delay is not None:
+            return self.policy_delay
+        return 0 if self.dynamics is not None else 1
 
     def _current_ent_coef(self) -> th.Tensor:
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
