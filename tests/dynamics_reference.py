@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def everything_of(env: MujocoEnv) -> list[bytes]:
     mujoco.mj_saveModel(env.model, None, model)
     names = ("qacc", "qacc_warmstart", "ctrl", "xpos", "xipos", "cfrc_ext", "cinert", "cvel", "qfrc_constraint", "sensordata")
     arrays = [model, integration_state(env), np.array(env.data.time), *(getattr(env.data, name) for name in names)]
-    generators = [repr(env.np_random.bit_generator.state), repr(np.random.get_state()), repr(env.action_space._np_random)]
+    own = (env.np_random.bit_generator.state, env.action_space.np_random.bit_generator.state)
+    generators = [repr(own), repr(np.random.get_state()), repr(random.getstate())]
     plain = {k: repr(v) for k, v in vars(env).items() if k not in ("model", "data", "mujoco_renderer", "_np_random")}
     return [array.tobytes() for array in arrays] + [text.encode() for text in generators] + [repr(plain).encode()]
 

@@ -116,6 +116,8 @@ class EnvStepDynamics:
         scheme = self.perturbations
         before = self._private.capture_live(state)
         nominal = self._run(before, None, action)
+        if not np.isfinite(nominal.physics).all():  # MuJoCo takes very long for a step with NaN
+            return self._no_derivatives()
         after = self._private.capture()
         physics, actions, distance = scheme.perturb(state[None], action[None])
         rows = [self._run(before, *start) for start in zip(physics[0], actions[0], strict=True)]

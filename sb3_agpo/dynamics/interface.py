@@ -75,10 +75,21 @@ def absent_derivatives(n: int, nobs: int, nu: int) -> TransitionDerivatives:
     :param nu: length of an action
     :return: zeros, with a tangent space of one dimension
     """
-    shapes = {"A": (1, 1), "B": (1, nu), "C": (nobs, 1), "next_C": (nobs, 1), "O_x": (nobs, 1), "O_a": (nobs, nu)}
-    shapes |= {"r_x": (1,), "r_a": (nu,), "next_state": (1,), "next_obs": (nobs,), "reward": ()}
-    flags = {"terminated": np.zeros(n, dtype=np.bool_), "valid": np.zeros(n, dtype=np.bool_)}
-    return TransitionDerivatives(**{name: np.zeros((n, *shape)) for name, shape in shapes.items()}, **flags)
+    return TransitionDerivatives(
+        A=np.zeros((n, 1, 1)),
+        B=np.zeros((n, 1, nu)),
+        C=np.zeros((n, nobs, 1)),
+        next_C=np.zeros((n, nobs, 1)),
+        O_x=np.zeros((n, nobs, 1)),
+        O_a=np.zeros((n, nobs, nu)),
+        r_x=np.zeros((n, 1)),
+        r_a=np.zeros((n, nu)),
+        next_state=np.zeros((n, 1)),
+        next_obs=np.zeros((n, nobs)),
+        reward=np.zeros(n),
+        terminated=np.zeros(n, dtype=np.bool_),
+        valid=np.zeros(n, dtype=np.bool_),
+    )
 
 
 @runtime_checkable

@@ -226,7 +226,8 @@ class MujocoDynamics:
         self.state_size = self.physics_size + int(self.model.nv) + task.n_readings
         self.tangent_size = self.perturbations.ndx
         self.simulator_calls = 0  # environment steps simulated for differences
-        self._stepper = make_stepper(self.model, task, env.frame_skip, self.differences.n_threads)
+        n_rows, threads = self.perturbations.n_rows, self.differences.n_threads
+        self._stepper = make_stepper(self.model, task, env.frame_skip, n_rows, threads)
 
     def get_state(self) -> Array:
         """
@@ -330,19 +331,22 @@ class MujocoDynamics:
         self._stepper.close()
 
 
-def make_stepper(model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> RolloutStepper | DataStepper:
+def make_stepper(
+    model: mujoco.MjModel, task: TaskModel, frame_skip: int, n_rows: int, threads: int
+) -> RolloutStepper | DataStepper:
     """
     The fastest stepper that gives what a task reads.
 
     :param model: private model
     :param task: the task
     :param frame_skip: physics steps per environment step
+    :param n_rows: rows of a transition
     :param threads: threads to step with
     :return: the stepper
     """
     if task.n_readings == 0:
         return RolloutStepper(model, frame_skip, threads)
-    return DataStepper(model, task, frame_skip, threads)
+    return DataStepper(model, task, frame_skip, n_rows, threads)
 
 
 def reward_change(scheme: Perturbations, rewards: Array, terminated: NDArray[np.bool_]) -> Array:

@@ -16,12 +16,14 @@ from sb3_agpo.dynamics.tasks import TaskModel
 Array = NDArray[np.float64]
 
 FULL_PHYSICS = int(mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+#: MuJoCo's signs of divergence
+DIVERGED = (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC)
 #: everything that a row starts from, in one call
 START = FULL_PHYSICS | int(mujoco.mjtState.mjSTATE_WARMSTART.value) | int(mujoco.mjtState.mjSTATE_CTRL.value)
 
 
 class SteppedRows(NamedTuple):
-    """``N`` rows after one environment step."""
+    """``N`` rows after one environment step; NaN where a row or one before it in the same transition diverged."""
 
     physics: Array  # (N, nphysics) full physics state after the step
     readings: Array  # (N, n_readings) before the step, from the row's own state; zero for a task that needs none
@@ -92,14 +94,18 @@ class DataStepper:
     MuJoCo releases the interpreter lock while it steps, so threads run in parallel. They start with the first step, in
     whichever process that happens.
 
+    A transition of which one row diverged is not to be trusted, so that its other rows may be left out. They are: MuJoCo
+    takes up to a thousand times as long for a step with NaN, where everything touches everything.
+
     :param model: private model
     :param task: tells what to read before and after a step
     :param frame_skip: physics steps per environment step
+    :param n_rows: rows of a transition, one after the other
     :param threads: threads to step with
     """
 
-    def __init__(self, model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> None:
-        self.model, self.task, self.frame_skip, self.threads = model, task, frame_skip, threads
+    def __init__(self, model: mujoco.MjModel, task: TaskModel, frame_skip: int, n_rows: int, threads: int) -> None:
+        self.model, self.task, self.frame_skip, self.n_rows, self.threads = model, task, frame_skip, n_rows, threads
         self._data: list[mujoco.MjData] = []
         self._pool: ThreadPoolExecutor | None = None
         self._reads_before = type(task).refresh is not TaskModel.refresh
@@ -116,15 +122,14 @@ class DataStepper:
         if not self._data:
             self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sb3_agpo") if self.threads > 1 else None
-        n_rows = len(physics)
         starts = starting_states(self.model, physics, warmstart, controls)
-        readings = np.zeros((2, n_rows, self.task.n_readings))
-        rows = SteppedRows(np.empty_like(physics), readings[0], readings[1])
-        if self._pool is None:
-            self._step_chunk(self._data[0], slice(None), starts, rows)
-            return rows
-        limits = np.linspace(0, n_rows, self.threads + 1).astype(int)
+        readings = np.zeros((2, len(physics), self.task.n_readings))
+        rows = SteppedRows(np.full_like(physics, np.nan), readings[0], readings[1])
+        limits = np.linspace(0, len(physics), self.threads + 1).astype(int)
         chunks = [slice(start, stop) for start, stop in pairwise(limits.tolist())]
+        if self._pool is None:
+            self._step_chunk(self._data[0], chunks[0], starts, rows)
+            return rows
         jobs = zip(self._data, chunks, strict=True)
         for future in [self._pool.submit(self._step_chunk, data, chunk, starts, rows) for data, chunk in jobs]:
             future.result()
@@ -136,13 +141,21 @@ class DataStepper:
         read, refresh = self.task.read, self.task.refresh
         set_state, get_state, step = mujoco.mj_setState, mujoco.mj_getState, mujoco.mj_step
         finish = mujoco.mj_rnePostConstraint
+        bad_position, bad_velocity, bad_acceleration = (data.warning[kind] for kind in DIVERGED)
         before, after = rows.readings[chunk], rows.next_readings[chunk]
+        given_up = -1  # the last transition that diverged
         for row, (start, end) in enumerate(zip(starts[chunk], rows.physics[chunk], strict=True)):
+            if given_up >= 0 and (chunk.start + row) // self.n_rows == given_up:
+                continue
             set_state(model, data, start, START)
             if reads_before:
                 refresh(data)
                 before[row] = read(data)
             step(model, data, frame_skip)
+            if bad_position.number or bad_velocity.number or bad_acceleration.number:
+                given_up = (chunk.start + row) // self.n_rows
+                bad_position.number = bad_velocity.number = bad_acceleration.number = 0
+                continue
             finish(model, data)
             get_state(model, data, end, FULL_PHYSICS)
             after[row] = read(data)
