@@ -38,6 +38,9 @@ LOGS = 100  # rows of numbers that a run of the full budget logs
 LOGS_PER_EVALUATION = 4
 EVALUATION_EPISODES = 5
 RANDOM_EPISODES = 10
+# Share of the time that evaluations may take where time is what ends the run: on a slow task, or a machine that is busy
+# with other things, they would leave little of it to learn in.
+EVALUATION_SHARE = 0.15
 MAX_THREADS = 4  # networks of this size are too small to gain from more
 NO_LIMIT = 10**12  # steps
 BUFFER_SIZE = 1_000_000  # AGPO's default
@@ -119,7 +122,7 @@ class DemoCallback(BaseCallback):
         # One evaluation or batch of updates can take longer than the time between two logs: catch up, but log once
         due = int(used * LOGS)
         if due > self._n_logs:
-            if due // LOGS_PER_EVALUATION > self._n_logs // LOGS_PER_EVALUATION:
+            if due // LOGS_PER_EVALUATION > self._n_logs // LOGS_PER_EVALUATION and self._worth_evaluating():
                 self._evaluate()
             self._log()
             self._n_logs = due
@@ -138,6 +141,11 @@ class DemoCallback(BaseCallback):
         self.bar.set_postfix_str(f"{self.num_timesteps:,} steps{last}", refresh=False)
         self.bar.update(min(used, 1.0) - self.bar.n)
         return used
+
+    def _worth_evaluating(self) -> bool:
+        """Whether the policy can have changed since the first evaluation, and evaluations have not taken too long."""
+        affordable = self.budget.seconds is None or self.evaluation_seconds <= EVALUATION_SHARE * self.seconds
+        return affordable and self.num_timesteps > self.model.learning_starts
 
     def _evaluate(self) -> None:
         start = time.perf_counter()
@@ -260,6 +268,17 @@ def _check_env(name: str) -> None:
         raise ValueError(f"--env '{name}' has the observation space {observations}; the demo needs a one-dimensional Box")
     if spec is None or spec.max_episode_steps is None:
         raise ValueError(f"--env '{name}' has no time limit, so an evaluation might never end; give one that has")
+
+
+def limit_threads() -> None:
+    """
+    Let torch use all cores but one, and not many.
+
+    Its threads wait for each other at every operation, many times a millisecond: where one of them has to share its core
+    with another program, learning with two threads is several times slower than with one.
+    """
+    cores = len(os.sched_getaffinity(0))
+    th.set_num_threads(max(1, min(th.get_num_threads(), cores - 1, MAX_THREADS)))
 
 
 def make_model(options: argparse.Namespace) -> AGPO:
@@ -389,7 +408,7 @@ def prepare(options: argparse.Namespace) -> tuple[AGPO, Evaluation, Path]:
     :raises ImportError: if an optional library is missing, with how to install it
     """
     check(options)
-    th.set_num_threads(min(th.get_num_threads(), len(os.sched_getaffinity(0)), MAX_THREADS))
+    limit_threads()
     model = make_model(options)
     random = Evaluation.of(0, Evaluator(options.env).play_random(options.seed, RANDOM_EPISODES))
     folder = fresh_folder(options.output)

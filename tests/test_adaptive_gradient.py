@@ -648,6 +648,7 @@ def test_gradient_scale() -> None:
     )
     assert gradient_scale(th.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, -6.0]])).tolist() == [1.0, 1.0]
     assert gradient_scale(th.zeros(5, 2)).tolist() == [1.0, 1.0]
+    assert gradient_scale(th.full((5, 2), 1e-44)).tolist() == [1.0, 1.0]
     assert gradient_scale(th.tensor([[3.0, 0.0]])).tolist() == pytest.approx([3.0, 0.003])
 
 

@@ -128,9 +128,12 @@ def test_critics_have_the_gradients_of_separate_networks() -> None:
         layers = [layer for layer in network if list(layer.parameters())]
         modules = [module for module in critic.q_networks if list(module.parameters())]
         for module, layer in zip(modules, layers, strict=True):
-            theirs = layer.weight.grad.T if isinstance(module, EnsembleLinear) else layer.weight.grad  # type: ignore[operator,union-attr]
-            th.testing.assert_close(module.weight.grad[i].squeeze(), theirs.squeeze())  # type: ignore[index,union-attr]
-            th.testing.assert_close(module.bias.grad[i, 0], layer.bias.grad)  # type: ignore[index,union-attr]
+            ours, theirs = module.get_parameter("weight").grad, layer.get_parameter("weight").grad
+            assert ours is not None and theirs is not None
+            th.testing.assert_close(ours[i].squeeze(0), theirs.T if isinstance(module, EnsembleLinear) else theirs)
+            ours = module.get_parameter("bias").grad
+            assert ours is not None
+            th.testing.assert_close(ours[i, 0], layer.get_parameter("bias").grad)
 
 
 def test_critics_start_different_and_targets_equal() -> None:
@@ -166,6 +169,39 @@ def test_shared_features_extractor_does_not_learn_from_the_critics() -> None:
     assert all(parameter.grad is not None for parameter in policy.critic.q_networks.parameters())
     policy.actor(obs, deterministic=True).sum().backward()
     assert all(parameter.grad is not None for parameter in extractor.parameters())
+
+
+def test_observation_gradients_pass_through_a_shared_features_extractor() -> None:
+    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True)
+    extractor = policy.actor.features_extractor
+    (network, _), (obs, actions) = separate_networks(policy.critic), batch()
+    obs.requires_grad_(True)
+    expected = th.autograd.grad(network(th.cat([extractor(obs), actions], 1)).sum(), obs)
+    th.testing.assert_close(th.autograd.grad(policy.critic.q_values(obs, actions)[0].sum(), obs), expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"features_extractor_class": Extractor}], ids=["raw", "extracted"])
+@pytest.mark.parametrize("share_features_extractor", [True, False])
+def test_input_gradients_and_their_gradients(kwargs: dict[str, Any], share_features_extractor: bool) -> None:
+    """First derivatives, and the weights' gradients of a loss on them, as gradient matching needs them."""
+    critic = make_policy(**kwargs, share_features_extractor=share_features_extractor, n_critics=3).critic
+    obs, actions = batch()
+    weights_o, weights_a = th.randn(3, 7, NOBS), th.randn(3, 7, NU)
+    q_o, q_a = critic.input_gradients(obs, actions)
+    ((q_o * weights_o).sum() + (q_a * weights_a).sum()).backward()
+    assert obs.grad is None and not obs.requires_grad
+    for i, network in enumerate(separate_networks(critic)):
+        inputs = obs.clone().requires_grad_(True), actions.clone().requires_grad_(True)
+        values = network(th.cat([critic.features_extractor(inputs[0]), inputs[1]], 1))
+        expected_o, expected_a = th.autograd.grad(values.sum(), inputs, create_graph=True)
+        th.testing.assert_close(q_o[i], expected_o)
+        th.testing.assert_close(q_a[i], expected_a)
+        first = network[0].get_parameter("weight")
+        loss = (expected_o * weights_o[i]).sum() + (expected_a * weights_a[i]).sum()
+        (expected,) = th.autograd.grad(loss, first)
+        actual = critic.q_networks[0].get_parameter("weight").grad
+        assert actual is not None
+        th.testing.assert_close(actual[i].T, expected)
 
 
 def test_own_features_extractor_learns_from_the_critics() -> None:
@@ -264,6 +300,7 @@ def test_adam_is_the_default() -> None:
     [
         (th.optim.Adam, {"eps": 1e-3, "betas": (0.5, 0.9)}),
         (th.optim.Adam, {"fused": False}),
+        (th.optim.Adam, {"foreach": True}),
         (th.optim.AdamW, {"weight_decay": 0.3}),
         (th.optim.AdamW, None),
         (th.optim.SGD, {"momentum": 0.7}),

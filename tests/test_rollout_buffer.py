@@ -48,8 +48,16 @@ def random_derivatives(rng: np.random.Generator, n: int, p_invalid: float = 0.3)
     return TransitionDerivatives(**fields, terminated=rng.random(n) < 0.5, valid=rng.random(n) >= p_invalid)
 
 
-def random_transition(rng: np.random.Generator, n_envs: int, p_end: float = 0.3) -> Transition:
-    """One step of all environments, as random numbers."""
+def random_transition(
+    rng: np.random.Generator, n_envs: int, p_end: float = 0.3, before: Transition | None = None, p_moved: float = 0.0
+) -> Transition:
+    """
+    One step of all environments, as random numbers.
+
+    :param p_end: chance that an episode ends
+    :param before: the step before, whose successors this one starts from, unless the episode ended
+    :param p_moved: chance that it does not, although the episode goes on
+    """
 
     def normal(*shape: int) -> NDArray[np.float32]:
         return rng.normal(size=(n_envs, *shape)).astype(np.float32)
@@ -58,7 +66,11 @@ def random_transition(rng: np.random.Generator, n_envs: int, p_end: float = 0.3)
     terminated = done & (rng.random(n_envs) < 0.5)
     noise = normal(NU)
     noise[rng.random(n_envs) < 0.2] = np.nan  # the policy did not choose the action
-    return Transition(normal(NOBS), normal(NOBS), normal(NU), noise, normal(), terminated, done)
+    observations = normal(NOBS)
+    if before is not None:
+        goes_on = ~before.done & (rng.random(n_envs) >= p_moved)
+        observations[goes_on] = before.next_observations[goes_on]
+    return Transition(observations, normal(NOBS), normal(NU), noise, normal(), terminated, done)
 
 
 class Filled(NamedTuple):
@@ -77,13 +89,14 @@ def fill(seed: int, n_envs: int, horizon: int, batches: list[int], n_pending: in
     transitions: list[Transition] = []
     parts = []
     for size in batches:
-        transitions += (batch := [random_transition(rng, n_envs) for _ in range(size)])
-        for transition in batch:
-            buffer.add(transition)
+        for _ in range(size):
+            last = transitions[-1] if transitions else None
+            transitions.append(random_transition(rng, n_envs, before=last, p_moved=0.1))
+            buffer.add(transitions[-1])
         assert buffer.n_pending == size
         parts.append(random_derivatives(rng, size * n_envs))
         returned = buffer.add_derivatives(parts[-1])
-        assert len(returned) == size and all(a is b for a, b in zip(returned, batch, strict=True))
+        assert all(a is b for a, b in zip(returned, transitions[-size:], strict=True))
         assert buffer.n_pending == 0
         assert buffer.full == (len(transitions) * n_envs >= 5)
     for _ in range(n_pending):
@@ -108,6 +121,9 @@ def obvious_windows(filled: Filled, n_envs: int, horizon: int) -> list[list[dict
                 for name in ("observations", "next_observations", "actions", "noise", "terminated"):
                     entry[name] = getattr(step, name)[e]
                 entry["boundary"] = step.done[e] or t == start + horizon - 1 or t == filled.n_ready - 1
+                if not entry["boundary"]:
+                    moved = step.next_observations[e].tolist() != filled.transitions[t + 1].observations[e].tolist()
+                    entry["boundary"] = moved
                 entry["mask"] = 1.0
                 window.append(entry)
             windows.append(window)
@@ -169,6 +185,19 @@ def test_discarding_windows_keeps_pending_steps() -> None:
     assert all(a is b for a, b in zip(buffer.add_derivatives(derivatives), pending, strict=True))
     rest = Filled(buffer, pending, derivatives, 2)
     assert_equals_obvious_windows(buffer.windows(), obvious_windows(rest, 2, 3), 3)
+
+
+def test_chain_ends_where_the_environment_was_moved() -> None:
+    rng = np.random.default_rng(0)
+    buffer = DifferentiableRolloutBuffer(12, 4, n_envs=3)
+    transitions = [random_transition(rng, 3, p_end=0.0)]
+    for _ in range(3):
+        transitions.append(random_transition(rng, 3, p_end=0.0, before=transitions[-1]))
+    transitions[2].observations[1, 0] += 1e-3
+    for transition in transitions:
+        buffer.add(transition)
+    buffer.add_derivatives(random_derivatives(rng, 12))
+    assert buffer.windows().boundary.T.tolist() == [[False] * 3 + [True], [False, True, False, True], [False] * 3 + [True]]
 
 
 def test_reset_forgets_everything() -> None:

@@ -216,8 +216,9 @@ def gradient_scale(targets: th.Tensor) -> th.Tensor:
     magnitudes = targets.abs()
     medians = magnitudes.median(dim=0).values
     largest, mean = medians.max(), magnitudes.mean()
-    fallback = th.where(mean > 0.0, mean, 1.0)
-    return th.where(largest > 0.0, medians.clamp(min=1e-3 * largest), fallback)
+    smallest = th.finfo(targets.dtype).tiny ** 0.5  # below it, dividing by the unit may overflow; it counts as zero
+    fallback = th.where(mean > smallest, mean, 1.0)
+    return th.where(largest > smallest, medians.clamp(min=1e-3 * largest), fallback)
 
 
 def gradient_statistics(adaptive: AdaptiveGradient, q_a: th.Tensor, mask: th.Tensor) -> dict[str, float]:

@@ -247,9 +247,12 @@ class AGPO(OffPolicyAlgorithm):
         self._setup_entropy()
         critic_learning_rate = self.learning_rate if self.critic_learning_rate is None else self.critic_learning_rate
         self.critic_lr_schedule = FloatSchedule(critic_learning_rate)
-        self.rollout_buffer = DifferentiableRolloutBuffer(self.rollout_size, self.horizon, self.n_envs, self.device)
+        self.rollout_buffer = self._empty_rollout_buffer()
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
+
+    def _empty_rollout_buffer(self) -> DifferentiableRolloutBuffer:
+        return DifferentiableRolloutBuffer(self.rollout_size, self.horizon, self.n_envs, self.device)
 
     def _attach_dynamics(self) -> None:
         """Find the source of derivatives of the current environment, and say once what it is."""
@@ -311,7 +314,7 @@ class AGPO(OffPolicyAlgorithm):
     @property
     def needs_derivatives(self) -> bool:
         """Whether anything makes use of simulator derivatives."""
-        return self.gradient_mode != "q" or self.critic_grad_coef > 0.0
+        return self.gradient_steps != 0 and (self.gradient_mode != "q" or self.critic_grad_coef > 0.0)
 
     # ------------------------------------------------------------------ collection
 
@@ -389,7 +392,8 @@ class AGPO(OffPolicyAlgorithm):
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
         self._record("derivative_seconds", time.perf_counter() - start)
-        if self.num_timesteps <= self.learning_starts:  # actions were not the policy's
+        # Actions that were not the policy's, or windows that nobody is going to use
+        if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
             self.rollout_buffer.reset()
 
     def _check_derivatives(self, valid: np.ndarray) -> None:
@@ -561,7 +565,13 @@ class AGPO(OffPolicyAlgorithm):
         :param path: file
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
-        self.replay_buffer.differentiable = (self.rollout_buffer, self.derivative_buffer)  # type: ignore[attr-defined]
+        records = self.dynamics.get_records() if self.dynamics is not None else []
+        self.replay_buffer.differentiable = {  # type: ignore[attr-defined]
+            "derivatives": self.derivative_buffer,
+            "windows": self.rollout_buffer,
+            "window_settings": self._window_settings(),
+            "records": records,
+        }
         try:
             super().save_replay_buffer(path)
         finally:
@@ -576,9 +586,19 @@ class AGPO(OffPolicyAlgorithm):
         """
         super().load_replay_buffer(path, truncate_last_traj)
         if hasattr(self.replay_buffer, "differentiable"):
-            self.rollout_buffer, self.derivative_buffer = self.replay_buffer.differentiable  # type: ignore[union-attr]
-            self.rollout_buffer.device = self.derivative_buffer.device = self.device
+            saved = self.replay_buffer.differentiable  # type: ignore[union-attr]
             del self.replay_buffer.differentiable  # type: ignore[union-attr]
+            self.derivative_buffer = saved["derivatives"]
+            self.rollout_buffer = self._empty_rollout_buffer()
+            if self.dynamics is not None and saved["window_settings"] == self._window_settings():
+                self.rollout_buffer = saved["windows"]
+                self.dynamics.set_records(saved["records"])
+            self.rollout_buffer.device = self.derivative_buffer.device = self.device
+
+    def _window_settings(self) -> tuple[Any, ...]:
+        """What must be equal for windows under construction to be continued."""
+        source = (type(self.dynamics).__name__, self.provider_report.kind, self.provider_report.signature)
+        return (self.rollout_size, self.horizon, self.n_envs, *source)
 
     def _setup_learn(
         self,
@@ -606,7 +626,7 @@ class AGPO(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> SelfAGPO:
         """See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.learn`."""
-        return super().learn(
+        super().learn(
             total_timesteps=total_timesteps,
             callback=callback,
             log_interval=log_interval,
@@ -614,6 +634,9 @@ class AGPO(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+        if self.dynamics is not None:  # steps that others take in the environment need no derivatives
+            self.dynamics.pause()
+        return self
 
     def _excluded_save_params(self) -> list[str]:
         return [

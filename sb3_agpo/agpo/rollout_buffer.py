@@ -24,7 +24,7 @@ class RolloutWindows(NamedTuple):
     actions: th.Tensor  # (H, W, nu) in [-1, 1]
     noise: th.Tensor  # (H, W, nu) acting noise eps; NaN where the policy did not choose the action
     terminated: th.Tensor  # (H, W) bool
-    boundary: th.Tensor  # (H, W) bool: time limit, auto-reset or end of the window
+    boundary: th.Tensor  # (H, W) bool: time limit, auto-reset, a step left out, or end of the window
     valid: th.Tensor  # (H, W) bool: derivatives are to be trusted
     mask: th.Tensor  # (H, W) 1 for real steps, 0 for padding
     A: th.Tensor  # (H, W, ndx, ndx)
@@ -119,6 +119,7 @@ class DifferentiableRolloutBuffer:
     Steps come in one at a time, their derivatives later and in one batch. Once ``rollout_size`` transitions have both,
     :attr:`full` is True and :meth:`windows` cuts each environment's steps into consecutive windows of ``horizon`` steps.
     Nothing depends on the training frequency: one environment fills the buffer with consecutive stretches of its steps.
+    Chains of derivatives end with episodes, and where a step does not start from the observation that the last one led to.
 
     :param rollout_size: transitions, over all environments, that make a batch of windows
     :param horizon: steps of a window
@@ -198,6 +199,8 @@ class DifferentiableRolloutBuffer:
         obs, next_obs, scale_next = self._normalized(steps, normalization)
         scale_r = reward_scale(steps.rewards, normalization)
         boundary = steps.done.copy()
+        # Nor does a chain go on where the environment was moved in between, as by loading a buffer into a running model
+        boundary[:-1] |= (steps.next_observations[:-1] != steps.observations[1:]).any(axis=-1)
         boundary[self.horizon - 1 :: self.horizon] = True
         boundary[-1] = True
         fields: dict[str, NDArray[Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from stable_baselines3.common.vec_env import (
@@ -68,6 +68,22 @@ class VecDynamics(Protocol):
 
     def pause(self) -> None:
         """Record no further steps until :meth:`discard` or :meth:`keep_oldest`; those recorded so far are kept."""
+        ...
+
+    def get_records(self) -> Sequence[Any]:
+        """
+        Look at the steps recorded so far, without forgetting them.
+
+        :return: what :meth:`set_records` takes, made of named tuples, lists and arrays
+        """
+        ...
+
+    def set_records(self, records: Sequence[Any]) -> None:
+        """
+        Replace the steps recorded so far.
+
+        :param records: what :meth:`get_records` of this class returned for the same environments
+        """
         ...
 
 
@@ -143,6 +159,23 @@ class VecEnvDynamics:
         To be called when learning ends: steps taken afterwards, in an evaluation for example, then cost nothing.
         """
         self.env.env_method("pause_records")
+
+    def get_records(self) -> Sequence[Any]:
+        """
+        Look at the steps recorded so far, without forgetting them.
+
+        :return: one list of records per environment
+        """
+        return self.env.env_method("get_records")
+
+    def set_records(self, records: Sequence[Any]) -> None:
+        """
+        Replace the steps recorded so far.
+
+        :param records: one list of records per environment
+        """
+        for index, own in enumerate(records):
+            self.env.env_method("set_records", own, indices=index)
 
 
 def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDynamics | None, ProviderReport]:

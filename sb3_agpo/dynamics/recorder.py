@@ -145,11 +145,31 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         derivatives = None if self._deferred else self.dynamics.differentiate(state[None], action[None])
         taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
-        record = Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives)
+        self._record(Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives))
+        return result
+
+    def _record(self, record: Record) -> None:
         if not self._records:
             self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // record.n_bytes))
         self._records.append(record)
-        return result
+
+    def get_records(self) -> list[Record]:
+        """
+        Look at the steps that can be taken.
+
+        :return: the steps, oldest first
+        """
+        return list(self._records)
+
+    def set_records(self, records: Sequence[Record]) -> None:
+        """
+        Put back what :meth:`get_records` returned.
+
+        :param records: the steps, oldest first
+        """
+        self._records = deque()
+        for record in records:
+            self._record(record)
 
     def discard_records(self) -> None:
         """Forget what was recorded; record from now on."""

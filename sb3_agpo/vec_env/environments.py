@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,21 +22,65 @@ GymEnv = gym.Env[Any, Any]
 STEPPED_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
 
 
-def check_integer(name: str, value: Any, least: int, otherwise: str) -> None:
+def check_integers(n_envs: int | None, threads: int | None, seed: int | None, max_episode_steps: int | None) -> None:
     """
-    Check an argument.
+    Check the arguments that are integers; None stands for a default.
 
-    :param name: name of the argument
-    :param value: what the user passed
-    :param least: the least that makes sense
-    :param otherwise: what to pass instead, for the message
-    :raises TypeError: if it is no integer
-    :raises ValueError: if it is too small
+    :param n_envs: number of environments, at least 1
+    :param threads: number of threads, at least 1
+    :param seed: at least 0
+    :param max_episode_steps: at least 1, or -1
+    :raises TypeError: if one is no integer
+    :raises ValueError: if one is out of range
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}; {otherwise}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value!r}; {otherwise}")
+    checks: list[tuple[str, Any, int, str]] = [
+        ("n_envs", n_envs, 1, "pass the number of environments"),
+        ("threads", threads, 1, "pass None for one per core"),
+        ("seed", seed, 0, "pass None for random seeds"),
+        ("max_episode_steps", max_episode_steps, 1, "pass None for the task's own limit or -1 for no limit"),
+    ]
+    for name, value, least, otherwise in checks:
+        if value is None:
+            continue
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"`{name}` must be an integer, got {value!r}; {otherwise}")
+        if value < least and (name, value) != ("max_episode_steps", -1):
+            raise ValueError(f"`{name}` must be at least {least}, got {value!r}; {otherwise}")
+
+
+def check_functions(functions: Any, n_envs: int | None, options: dict[str, Any]) -> Sequence[Callable[[], GymEnv]]:
+    """
+    Check functions that build environments, and that no argument is lost on them.
+
+    :param functions: functions that build one environment each
+    :param n_envs: number of environments that the user asked for, if any
+    :param options: options of ``gymnasium.make`` that the user gave
+    :return: the functions
+    :raises TypeError: if they are anything else
+    :raises ValueError: if the other arguments do not fit
+    """
+    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
+        raise TypeError(f"`env_id` must be an id such as 'Hopper-v5', or a list of functions, got {functions!r}")
+    if len(functions) == 0 or n_envs not in (None, len(functions)):
+        raise ValueError(f"`n_envs` {n_envs!r} does not fit a list of {len(functions)} functions; pass one for each")
+    if options:
+        raise ValueError(f"the options {options} have no effect on functions; pass them to gymnasium.make inside of them")
+    return functions
+
+
+def make_options(env_kwargs: Any, max_episode_steps: int | None) -> dict[str, Any]:
+    """
+    Options of ``gymnasium.make``.
+
+    :param env_kwargs: the user's options, None for none
+    :param max_episode_steps: time limit; None for the registered one
+    :return: the options
+    :raises TypeError: if the options are no mapping
+    """
+    if not isinstance(env_kwargs, (Mapping, type(None))):
+        raise TypeError(f"`env_kwargs` must be a dictionary of gymnasium.make's options, got {env_kwargs!r}")
+    limit = {} if max_episode_steps is None else {"max_episode_steps": int(max_episode_steps)}
+    return {**(env_kwargs or {}), **limit}
 
 
 @contextmanager

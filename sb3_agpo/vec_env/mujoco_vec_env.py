@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.env_util import is_wrapped, make_vec_env
+from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
@@ -22,9 +22,10 @@ from sb3_agpo.dynamics.tasks import find_task_model
 from sb3_agpo.vec_env.environments import (
     GymEnv,
     build_environments,
-    check_integer,
+    check_functions,
+    check_integers,
     environment_functions,
-    explain_unknown_id,
+    make_options,
 )
 from sb3_agpo.vec_env.episodes import Episodes
 from sb3_agpo.vec_env.recording import BatchRecorder
@@ -86,14 +87,12 @@ class MujocoVecEnv(VecEnv):
         max_episode_steps: int | None = None,
         full_info: bool = False,
     ) -> None:
-        _check_integers(n_envs=n_envs, threads=threads, seed=seed, max_episode_steps=max_episode_steps)
-        options = dict(env_kwargs or {})
-        if max_episode_steps is not None:
-            options["max_episode_steps"] = max_episode_steps
+        check_integers(n_envs=n_envs, threads=threads, seed=seed, max_episode_steps=max_episode_steps)
+        options = make_options(env_kwargs, max_episode_steps)
         if isinstance(env_id, str):
             functions: Sequence[Callable[[], GymEnv]] = environment_functions(env_id, n_envs or 1, options, seed)
         else:
-            functions = _check_functions(env_id, n_envs, options)
+            functions = check_functions(env_id, n_envs, options)
         self._envs = build_environments(functions)
         first = self._envs[0]
         self._episodes = Episodes(self._envs)
@@ -103,6 +102,8 @@ class MujocoVecEnv(VecEnv):
         task = find_task_model(first.unwrapped)  # type: ignore[arg-type]
         assert task is not None
         self.threads = min(threads or FiniteDifferences().n_threads, len(self._envs))
+        if full_info and first.render_mode == "human":
+            self.threads = 1  # windows belong to the thread that opened them
         self._simulation = BatchSimulation(unwrapped, task, self.threads, own_step=full_info)  # type: ignore[arg-type]
         self._pending: _PendingStep | None = None
         self._recorder: weakref.ref[BatchRecorder] | None = None
@@ -348,74 +349,3 @@ class MujocoVecEnv(VecEnv):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-
-def make_mujoco_vec_env(
-    env_id: str,
-    n_envs: int = 1,
-    seed: int | None = None,
-    start_index: int = 0,
-    monitor_dir: str | None = None,
-    *,
-    env_kwargs: dict[str, Any] | None = None,
-    monitor_kwargs: dict[str, Any] | None = None,
-    threads: int | None = None,
-    max_episode_steps: int | None = None,
-    full_info: bool = False,
-) -> MujocoVecEnv:
-    """
-    Make a :class:`MujocoVecEnv` by SB3's ``make_vec_env``, with its arguments and their meaning.
-
-    :param env_id: id of a stock task, such as "Hopper-v5"
-    :param n_envs: number of environments
-    :param seed: environment i is seeded with ``seed + i`` at the first reset; None for random seeds
-    :param start_index: index of the first environment, for its action space's seed and its Monitor's file
-    :param monitor_dir: folder for Monitor's files; None for no files
-    :param env_kwargs: options of ``gymnasium.make``
-    :param monitor_kwargs: arguments of ``Monitor``
-    :param threads: threads to step with, see :class:`MujocoVecEnv`
-    :param max_episode_steps: steps after which an episode is truncated, see :class:`MujocoVecEnv`
-    :param full_info: whether ``info`` holds the task's own entries, see :class:`MujocoVecEnv`
-    :return: the vectorised environment
-    :raises TypeError: if an argument is of the wrong type
-    :raises ValueError: if an argument is out of range, the id is not known, or the task is not a stock one
-    """
-    _check_integers(n_envs=n_envs, threads=threads, seed=seed, max_episode_steps=max_episode_steps)
-    options = dict(env_kwargs or {})
-    if max_episode_steps is not None:
-        options["max_episode_steps"] = max_episode_steps
-    with explain_unknown_id(env_id):
-        return make_vec_env(  # type: ignore[return-value]
-            env_id,
-            n_envs,
-            seed,
-            start_index,
-            monitor_dir,
-            env_kwargs=options,
-            vec_env_cls=MujocoVecEnv,  # type: ignore[arg-type]
-            vec_env_kwargs={"threads": threads, "full_info": full_info},
-            monitor_kwargs=monitor_kwargs,
-        )
-
-
-def _check_integers(n_envs: int | None, threads: int | None, seed: int | None, max_episode_steps: int | None) -> None:
-    """Check the arguments that are integers; None stands for a default."""
-    if n_envs is not None:
-        check_integer("n_envs", n_envs, 1, "pass the number of environments")
-    if threads is not None:
-        check_integer("threads", threads, 1, "pass None for one per core")
-    if seed is not None:
-        check_integer("seed", seed, 0, "pass None for random seeds")
-    if max_episode_steps is not None and max_episode_steps != -1:
-        check_integer("max_episode_steps", max_episode_steps, 1, "pass None for the task's own limit or -1 for no limit")
-
-
-def _check_functions(functions: Any, n_envs: int | None, options: dict[str, Any]) -> Sequence[Callable[[], GymEnv]]:
-    """Check functions that build environments, and that no argument is lost on them."""
-    if not isinstance(functions, Sequence) or not all(callable(function) for function in functions):
-        raise TypeError(f"`env_id` must be an id such as 'Hopper-v5', or a list of functions, got {functions!r}")
-    if len(functions) == 0 or n_envs not in (None, len(functions)):
-        raise ValueError(f"`n_envs` {n_envs!r} does not fit a list of {len(functions)} functions; leave it out")
-    if options:
-        raise ValueError(f"the options {options} have no effect on functions; pass them to gymnasium.make inside of them")
-    return functions

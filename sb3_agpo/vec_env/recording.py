@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -67,12 +68,13 @@ class BatchRecorder:
 
     def keep_oldest(self, n_steps: int) -> None:
         """
-        Forget all recorded steps but the oldest ones.
+        Forget all recorded steps but the oldest ones; record from now on.
 
         :param n_steps: steps per environment to keep
         """
         while len(self._records) > n_steps:
             self._records.pop()
+        self.recording = True
 
     def discard(self) -> None:
         """Forget the steps recorded so far; record from now on."""
@@ -80,9 +82,26 @@ class BatchRecorder:
         self.recording = True
 
     def pause(self) -> None:
-        """Forget the steps recorded so far, and record none until :meth:`discard`."""
-        self._records = deque()
+        """Record no further steps until :meth:`discard` or :meth:`keep_oldest`; those recorded so far are kept."""
         self.recording = False
+
+    def get_records(self) -> list[StepRecords]:
+        """
+        Look at the steps that can be taken.
+
+        :return: the steps of all environments, oldest first
+        """
+        return list(self._records)
+
+    def set_records(self, records: Sequence[StepRecords]) -> None:
+        """
+        Put back what :meth:`get_records` returned.
+
+        :param records: the steps of all environments, oldest first
+        """
+        self._records = deque()
+        for step in records:
+            self.record(step)
 
     def close(self) -> None:
         """Stop the engine's threads."""

@@ -55,7 +55,8 @@ class SharedWork:
         try:
             self._work(self._jobs)
         finally:
-            errors = [future.exception() for future in futures]
+            # No job is left for a helper that has not started yet, on a busy machine for example
+            errors = [future.exception() for future in futures if not future.cancel()]
         for error in errors:
             if error is not None:
                 raise error

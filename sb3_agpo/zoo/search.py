@@ -16,9 +16,7 @@ GATES = ("disagreement", "variance_switch", "inverse_variance")
 HINDSIGHT = ("n_sampled_goal", "goal_selection_strategy")
 
 
-def sample_agpo_params(
-    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
-) -> dict[str, Any]:
+def sample_agpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Draw hyperparameters of AGPO.
 

@@ -1,0 +1,441 @@
+"""RL Baselines3 Zoo with AGPO: every script runs, alone and one after the other."""
+
+import contextlib
+import inspect
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import matplotlib as mpl
+import numpy as np
+import optuna
+import pytest
+import rl_zoo3
+import yaml
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+
+import sb3_agpo.zoo
+from sb3_agpo import AGPO
+from sb3_agpo.agpo.gates import DisagreementGate, InverseVarianceGate, VarianceSwitch
+from sb3_agpo.zoo.algorithm import ZooAGPO
+from sb3_agpo.zoo.manager import AGPOExperimentManager
+from sb3_agpo.zoo.registration import register
+from sb3_agpo.zoo.scripts import FUNCTIONS, MODULES, main, redirected
+from sb3_agpo.zoo.search import convert_agpo_params, sample_agpo_params
+
+ENVIRONMENT = "InvertedPendulum-v5"
+TASK = ["--algo", "agpo", "--env", ENVIRONMENT]
+QUICK = [*TASK, "--seed", "1", "--device", "cpu", "--eval-freq", "-1"]
+SMALL = ["buffer_size:1000", "learning_starts:50", "train_freq:10", "rollout_size:32", "policy_kwargs:dict(net_arch=[16])"]
+MUJOCO_TASKS = {
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "HumanoidStandup-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Pusher-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+}
+CRITIC_ONLY_TASKS = {"Pendulum-v1", "BipedalWalker-v3"}
+
+
+def zoo(*arguments: str) -> str:
+    """
+    Run a script of the zoo in this process.
+
+    :param arguments: script and arguments
+    :return: what it printed
+    """
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(arguments) == 0
+    return output.getvalue()
+
+
+def python(*arguments: str, **variables: str) -> str:
+    """
+    Run Python in a process of its own.
+
+    :param arguments: of the interpreter
+    :param variables: of the environment, on top of this process's
+    :return: what it printed
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(sb3_agpo.__file__).parents[1]), **variables}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+class Trained:
+    """
+    A finished training run of the zoo.
+
+    :param logs: log folder
+    :param output: what was printed
+    """
+
+    def __init__(self, logs: Path, output: str) -> None:
+        self.logs, self.output = logs, output
+        self.folder = logs / "agpo" / f"{ENVIRONMENT}_1"
+        self.model = self.folder / f"{ENVIRONMENT}.zip"
+
+    def config(self) -> dict[str, Any]:
+        """The hyperparameters that the zoo saved."""
+        text = (self.folder / ENVIRONMENT / "config.yml").read_text()
+        return dict(yaml.load(text, Loader=yaml.UnsafeLoader))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One run that the tests share; they must not change its files."""
+    logs = tmp_path_factory.mktemp("zoo") / "logs"
+    evaluation = ["--eval-freq", "100", "--eval-episodes", "2", "--save-freq", "100", "--save-replay-buffer"]
+    parameters = ["-params", *SMALL, "gate:'VarianceSwitch(4.0)'", "critic_learning_rate:'lin_5e-4'"]
+    return Trained(logs, zoo("train", *QUICK, *evaluation, "-f", str(logs), "-n", "200", *parameters))
+
+
+@pytest.fixture
+def logs(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the shared run's log folder."""
+    return Path(shutil.copytree(trained.logs, tmp_path / "logs"))
+
+
+# ---------------------------------------------------------------------- train
+
+
+def test_training_leaves_what_the_zoo_promises(trained: Trained) -> None:
+    """Models, checkpoints, evaluations and the replay buffer, with AGPO's own hyperparameters and derivatives."""
+    names = {path.name for path in trained.folder.iterdir()}
+    checkpoints = {"rl_model_100_steps.zip", "rl_model_200_steps.zip"}
+    assert names >= {
+        "0.monitor.csv",
+        "best_model.zip",
+        "evaluations.npz",
+        "replay_buffer.pkl",
+        trained.model.name,
+        *checkpoints,
+    }
+    assert f"Loading hyperparameters from: {sb3_agpo.zoo.HYPERPARAMETER_FILE}" in trained.output
+    assert "Simulator derivatives: from mujoco" in trained.output
+    assert np.load(trained.folder / "evaluations.npz")["timesteps"].tolist() == [100, 200]
+    assert trained.config()["policy"] == "MlpPolicy"
+
+
+def test_parameters_given_as_text_reach_agpo(trained: Trained) -> None:
+    """`-params` and YAML can name gates and decreasing learning rates."""
+    model = AGPO.load(trained.model)
+    assert isinstance(model.gate, VarianceSwitch) and model.gate.ratio == 4.0
+    assert model.critic_lr_schedule(0.5) == pytest.approx(2.5e-4)
+    assert (model.rollout_size, model.buffer_size, model._n_updates) == (32, 1000, 15)
+
+
+def test_continuing_starts_from_the_agent_and_its_memory(trained: Trained, logs: Path) -> None:
+    """`-i` loads weights and replay buffer; with no further update they stay."""
+    start = logs / "agpo" / f"{ENVIRONMENT}_1" / trained.model.name
+    arguments = ["-i", str(start), "-f", str(logs), "-n", "40", "--save-replay-buffer", "-params", *SMALL[:-1]]
+    assert "Loading replay buffer" in zoo("train", *QUICK, *arguments)
+    folder = logs / "agpo" / f"{ENVIRONMENT}_2"
+    before, after = AGPO.load(start), AGPO.load(folder / f"{ENVIRONMENT}.zip")
+    assert all((p == q).all() for p, q in zip(before.policy.parameters(), after.policy.parameters(), strict=True))
+    before.load_replay_buffer(trained.folder / "replay_buffer.pkl")
+    after.load_replay_buffer(folder / "replay_buffer.pkl")
+    assert before.replay_buffer is not None and after.replay_buffer is not None
+    assert (before.replay_buffer.pos, after.replay_buffer.pos) == (200, 240)
+    assert after.derivative_buffer.size > before.derivative_buffer.size > 0
+
+
+def test_environments_in_worker_processes(tmp_path: Path) -> None:
+    """`--vec-env subproc` through `python -m`, whose file the workers import too; derivatives come from the workers."""
+    arguments = ["-f", str(tmp_path), "-n", "100", "--vec-env", "subproc", "-params", "n_envs:2", *SMALL]
+    output = python("-m", "sb3_agpo.zoo", "train", *QUICK, *arguments)
+    assert "Using 2 environments" in output
+    assert "Simulator derivatives: from mujoco" in output
+    assert (tmp_path / "agpo" / f"{ENVIRONMENT}_1" / "1.monitor.csv").is_file()
+
+
+def test_tracking_offline(tmp_path: Path) -> None:
+    """`--track` leaves an offline run, and TensorBoard's file where the zoo puts it."""
+    variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
+    python("-m", "sb3_agpo.zoo", "train", *QUICK, "-n", "60", "--track", "-f", "logs", "-params", *SMALL, **variables)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    assert len(list(tmp_path.glob(f"runs/*/{ENVIRONMENT}/AGPO_1/events*"))) == 1
+
+
+def test_the_users_own_configuration_has_precedence(tmp_path: Path) -> None:
+    """`--conf-file` replaces the shipped file; `lin_` is the only schedule it may name."""
+    configuration = tmp_path / "own.yml"
+    settings = {"n_timesteps": 20, "policy": "MlpPolicy", "buffer_size": 50, "critic_learning_rate": "step_1"}
+    configuration.write_text(yaml.dump({ENVIRONMENT: settings}))
+    arguments = ["-f", str(tmp_path), "--conf-file", str(configuration)]
+    with pytest.raises(ValueError, match="'lin_5e-4', got 'step_1'"):
+        zoo("train", *QUICK, *arguments)
+    zoo("train", *QUICK, *arguments, "-params", "critic_learning_rate:3e-4")
+    model = AGPO.load(tmp_path / "agpo" / f"{ENVIRONMENT}_2" / f"{ENVIRONMENT}.zip")
+    assert (model.buffer_size, model.num_timesteps, model.critic_learning_rate) == (50, 20, 3e-4)
+
+
+def make_manager(algo: str, **named: Any) -> AGPOExperimentManager:
+    """
+    Set up an experiment and run nothing.
+
+    :param algo: name of the algorithm
+    :param named: arguments of the manager
+    :return: the experiment
+    """
+    return AGPOExperimentManager(Namespace(), algo, "Pendulum-v1", "logs", **named)
+
+
+def test_other_algorithms_are_left_alone() -> None:
+    """Registration adds an entry, and only AGPO's file and arguments are treated in another way."""
+    assert rl_zoo3.ALGOS["sac"] is SAC
+    manager = make_manager("sac", trial_id=0)
+    assert Path(manager.config).parent == Path(rl_zoo3.__file__).parent / "hyperparams"
+    assert not manager.trial_id
+    hyperparameters = {"n_timesteps": 1, "gate": "kept", "critic_learning_rate": "kept"}
+    assert manager._preprocess_hyperparams(hyperparameters)[0] == {"gate": "kept", "critic_learning_rate": "kept"}
+    assert make_manager("agpo").config == str(sb3_agpo.zoo.HYPERPARAMETER_FILE)
+    assert make_manager("agpo", config="given.yml").config == "given.yml"
+
+
+# ---------------------------------------------------------------------- hyperparameters
+
+
+def test_hyperparameters_of_every_task() -> None:
+    """An entry for each MuJoCo task, two without derivatives and all others; AGPO takes what is in them."""
+    assert set(sb3_agpo.zoo.hyperparameters) == MUJOCO_TASKS | CRITIC_ONLY_TASKS | {"default"}
+    assert set(gym.registry) >= MUJOCO_TASKS | CRITIC_ONLY_TASKS
+    known = {*inspect.signature(AGPO).parameters, "n_timesteps", "n_envs", "normalize", "env_kwargs"}
+    for name, entry in sb3_agpo.zoo.hyperparameters.items():
+        assert entry["n_timesteps"] > 0 and entry["policy"] == "MlpPolicy", name
+        assert set(entry) <= known, name
+
+
+@pytest.mark.parametrize("environment", ["Hopper-v5", "Pendulum-v1", "CartPoleSwingUp-none"])
+def test_entries_can_be_used_without_the_zoo(environment: str) -> None:
+    """The same file from Python."""
+    settings = sb3_agpo.zoo.hyperparameters.get(environment, sb3_agpo.zoo.hyperparameters["default"])
+    arguments = {name: value for name, value in settings.items() if name != "n_timesteps"}
+    env = environment if environment in gym.registry else "Pendulum-v1"
+    assert AGPO(env=env, **{**arguments, "buffer_size": 10}).policy_class.__name__ == "AGPOPolicy"
+
+
+# ---------------------------------------------------------------------- playback
+
+
+def test_enjoy(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plays an agent back, the best one too."""
+    for choice in ([], ["--load-best"], ["--load-checkpoint", "100"]):
+        output = zoo("enjoy", *TASK, "-f", str(trained.logs), "-n", "200", "--no-render", *choice)
+        assert "Mean reward" in output
+
+
+def test_playback_needs_no_memory(trained: Trained) -> None:
+    """Loading as `enjoy` and `record_video` do gives a buffer of one and leaves the environment alone."""
+    env = make_vec_env(ENVIRONMENT)
+    model = ZooAGPO.load(trained.model, env=env, custom_objects={"learning_rate": 0.0, "lr_schedule": None})
+    assert model.replay_buffer is not None and model.replay_buffer.buffer_size == 1
+    assert model.dynamics is None and model.provider_report.reason == "no environment yet"
+    with pytest.raises(ValueError, match="Observation spaces do not match"):
+        ZooAGPO.load(trained.model, env=make_vec_env("Pendulum-v1"), custom_objects={"lr_schedule": None})
+    training = ZooAGPO.load(trained.model, env=env)
+    assert training.replay_buffer is not None and training.replay_buffer.buffer_size == 1000
+    assert training.dynamics is not None
+
+
+def test_playback_of_an_agent_with_hindsight(tmp_path: Path) -> None:
+    """Hindsight replay cannot be set up without an environment; playback does without it."""
+    from stable_baselines3.common.envs import BitFlippingEnv
+
+    env = BitFlippingEnv(n_bits=2, continuous=True)
+    model = AGPO("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, buffer_size=100)
+    model.save(tmp_path / "hindsight.zip")
+    loaded = ZooAGPO.load(tmp_path / "hindsight.zip", custom_objects={"lr_schedule": None})
+    assert not isinstance(loaded.replay_buffer, HerReplayBuffer)
+    assert loaded.predict(env.reset()[0], deterministic=True)[0].shape == (2,)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> str:
+    """A way for MuJoCo to draw without a screen."""
+    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+    for candidate in ("egl", "osmesa"):
+        command = [sys.executable, "-c", code]
+        if not subprocess.run(
+            command, env={**os.environ, "MUJOCO_GL": candidate}, capture_output=True, timeout=300
+        ).returncode:
+            return candidate
+    pytest.skip("MuJoCo can draw neither with EGL nor with OSMesa on this machine")
+
+
+def test_record_training(logs: Path, renderer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`record_training` starts `record_video` in new processes, which know AGPO, and joins the videos."""
+    probe = [sys.executable, "-c", PROBE_DRAWTEXT]
+    if subprocess.run(probe, capture_output=True, timeout=300).returncode:
+        pytest.skip("ffmpeg finds no font to label videos with")
+    folder = logs / "agpo" / f"{ENVIRONMENT}_1"
+    for name in ("best_model.zip", "rl_model_100_steps.zip"):
+        (folder / name).unlink()
+    monkeypatch.setenv("MUJOCO_GL", renderer)
+    monkeypatch.setenv("PYTHONPATH", str(Path(sb3_agpo.__file__).parents[1]))
+    path = os.environ["PATH"]
+    zoo("record_training", *TASK, "-f", str(logs), "-n", "3")
+    names = sorted(video.name for video in (folder / "videos").glob("*.mp4"))
+    prefixes = [f"checkpoint-200-agpo-{ENVIRONMENT}", f"final-model-agpo-{ENVIRONMENT}", "training.mp4"]
+    assert [name.startswith(prefix) for name, prefix in zip(names, prefixes, strict=True)] == [True] * 3
+    assert all(video.stat().st_size > 0 for video in (folder / "videos").glob("*.mp4"))
+    assert os.environ["PATH"] == path
+
+
+PROBE_DRAWTEXT = """
+import subprocess, sys
+from sb3_agpo.zoo.scripts import _ffmpeg_on_path
+with _ffmpeg_on_path():
+    source = ["-f", "lavfi", "-i", "color=c=black:s=32x32:d=0.1"]
+    sys.exit(subprocess.call(["ffmpeg", *source, "-vf", "drawtext=text=a", "-f", "null", "-"]))
+"""
+
+
+def test_calls_between_scripts_are_redirected() -> None:
+    """Scripts start each other through AGPO's entry, in the same Python; other programs are called as they are."""
+    entry = [sys.executable, "-m", "sb3_agpo.zoo"]
+    assert redirected(["python", "-m", "rl_zoo3.record_video", "--algo", "agpo"]) == [*entry, "record_video", "--algo", "agpo"]
+    assert redirected(["python", "enjoy.py", "-n", "1"]) == [*entry, "enjoy", "-n", "1"]
+    assert redirected(["ffmpeg", "-i", "x"]) == ["ffmpeg", "-i", "x"]
+
+
+def test_benchmark_and_plots(logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the zoo makes of finished runs: a table from playing back, curves from monitors and evaluations."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(sb3_agpo.__file__).parents[1]))
+    call = subprocess.call
+    zoo("benchmark", "--log-dir", str(logs), "--benchmark-dir", "table", "--no-hub", "-n", "200", "--num-threads", "1")
+    assert subprocess.call is call
+    assert f"|agpo|{ENVIRONMENT}|" in Path("table/benchmark.md").read_text()
+    monkeypatch.setattr(mpl.pyplot, "show", lambda: None)
+    zoo("plot_train", "-a", "agpo", "-e", ENVIRONMENT, "-f", str(logs), "-w", "5")
+    zoo("all_plots", "-a", "agpo", "-e", ENVIRONMENT, "-f", str(logs), "-o", "results", "--no-display")
+    curves = pickle.loads(Path("results.pkl").read_bytes())
+    assert curves["results_table"][ENVIRONMENT][f"AGPO-{logs}"]["timesteps"].tolist() == [100, 200]
+    zoo("plot_from_file", "-i", "results.pkl", "-o", "curves", "--format", "png")
+    assert Path("curves.png").stat().st_size > 0
+    mpl.pyplot.close("all")
+
+
+# ---------------------------------------------------------------------- optimisation
+
+
+@pytest.fixture
+def quiet_optuna() -> Iterator[None]:
+    """No line per trial on standard error."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def test_a_search_resumes_and_its_best_trial_trains(tmp_path: Path, quiet_optuna: None) -> None:
+    """A study in a journal file takes further trials, and any of them trains, the first one included."""
+    journal = tmp_path / "study.log"
+    study = [*QUICK, "-f", str(tmp_path), "--storage", str(journal), "--study-name", "agpo", "-n", "100"]
+    search = [*study, "--no-optim-plots", "--n-evaluations", "1", "--eval-episodes", "1", "--pruner", "none"]
+    zoo("optimize", *search, "--n-trials", "2", "--sampler", "random", "-params", *SMALL)
+    zoo("optimize", *search, "--max-total-trials", "3", "--sampler", "random", "--seed", "2", "-params", *SMALL)
+    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    trials = optuna.load_study(study_name="agpo", storage=backend).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+    best = max(trials, key=lambda trial: trial.value or 0.0)
+    for run, trial in enumerate((trials[0], best), start=3):
+        zoo("train", *study, "--trial-id", str(trial.number), "-params", "buffer_size:1000", "learning_starts:50")
+        model = AGPO.load(tmp_path / "agpo" / f"{ENVIRONMENT}_{run}" / f"{ENVIRONMENT}.zip")
+        assert model.tau == trial.params["tau"]
+        assert model.gradient_mode == trial.params["gradient_mode"]
+
+
+ADDITIONAL = {"using_her_replay_buffer": False, "her_kwargs": {}}
+
+
+def test_sampled_hyperparameters_are_agpos_and_survive_storage() -> None:
+    """AGPO takes whatever is drawn, and the converter restores it from what a study keeps."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    known = set(inspect.signature(AGPO).parameters)
+    gates = set()
+    for _ in range(50):
+        trial = study.ask()
+        sampled = sample_agpo_params(trial, 1, 1, ADDITIONAL)
+        assert set(sampled) <= known
+        assert set(sampled) >= {"gradient_mode", "horizon", "rollout_size", "gate", "critic_grad_coef", "policy_delay"}
+        restored = convert_agpo_params(trial.params)
+        gate, restored_gate = sampled.pop("gate"), restored.pop("gate")
+        assert (type(restored_gate), vars(restored_gate)) == (type(gate), vars(gate))
+        assert restored == sampled
+        assert trial.user_attrs["rollout_size"] == sampled["rollout_size"] and sampled["gradient_steps"] >= 1
+        gates.add(type(gate))
+    assert gates == {DisagreementGate, VarianceSwitch, InverseVarianceGate}
+
+
+def test_sampled_extremes_train() -> None:
+    """The corners of the search space are valid arguments."""
+    space = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    sample_agpo_params(space, 1, 1, ADDITIONAL)
+    for corner in ("low", "high"):
+        chosen = {
+            name: getattr(distribution, corner, None) if hasattr(distribution, corner) else distribution.choices[0]
+            for name, distribution in space.distributions.items()
+        }
+        sampled = sample_agpo_params(optuna.trial.FixedTrial({**chosen, "net_arch": "small"}), 1, 1, ADDITIONAL)
+        AGPO("MlpPolicy", ENVIRONMENT, **sampled, buffer_size=1000, learning_starts=10).learn(40)
+
+
+def test_search_with_hindsight() -> None:
+    """The zoo's search space of hindsight replay comes on top, and is found again in storage."""
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    arguments = {"using_her_replay_buffer": True, "her_kwargs": {"copy_info_dict": True}}
+    sampled = sample_agpo_params(trial, 1, 1, arguments)["replay_buffer_kwargs"]
+    assert set(sampled) == {"copy_info_dict", "n_sampled_goal", "goal_selection_strategy"}
+    restored = convert_agpo_params(trial.params)["replay_buffer_kwargs"]
+    assert restored == {name: sampled[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
+
+
+# ---------------------------------------------------------------------- entry
+
+
+def test_usage_and_unknown_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help lists the scripts; a name that is none of them is an error of usage."""
+    assert main(["--help"]) == 0
+    assert all(script in capsys.readouterr().out for script in (*FUNCTIONS, *MODULES))
+    assert main([]) == 2
+    assert main(["tain"]) == 2
+    assert "there is no script 'tain'" in capsys.readouterr().err
+
+
+def test_command_line_is_put_back() -> None:
+    """Also after a script that ends the process."""
+    before = list(sys.argv)
+    with pytest.raises(SystemExit, match="0"):
+        zoo("enjoy", "--help")
+    assert sys.argv == before
+
+
+def test_registration_in_a_users_own_script() -> None:
+    """Two lines before the zoo's own entry."""
+    own = "import sb3_agpo.zoo; sb3_agpo.zoo.register(); from rl_zoo3.train import train; train()"
+    assert "agpo" in python("-c", own, "--help")
+
+
+def test_without_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hyperparameters are there; registering names the extra to install."""
+    monkeypatch.setitem(sys.modules, "rl_zoo3.exp_manager", None)
+    with pytest.raises(ImportError, match=r"pip install 'sb3-agpo\[zoo\]'"):
+        register()
