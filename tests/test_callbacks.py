@@ -173,11 +173,8 @@ def test_stopped_learning_goes_on(env_id: str) -> None:
     assert model.derivative_buffer.size > 0 or env_id == "Pendulum-v1"
 
 
-def test_evaluation_inside_the_training_environment_is_noticed() -> None:
-    """
-    A callback that steps the training environment breaks SB3's own bookkeeping; AGPO must not learn from derivatives of
-    steps that are not the stored ones.
-    """
+def test_steps_behind_the_scenes_are_noticed() -> None:
+    """A callback that steps the training environment: AGPO must not learn from derivatives of steps other than its own."""
 
     class StepBehindTheScenes(BaseCallback):
         def _on_rollout_start(self) -> None:
@@ -187,6 +184,18 @@ def test_evaluation_inside_the_training_environment_is_noticed() -> None:
         def _on_step(self) -> bool:
             return True
 
-    model = small_model("InvertedPendulum-v5", train_freq=4)
-    model.learn(100, callback=StepBehindTheScenes())
-    assert model.num_timesteps == 100
+    model = small_model("InvertedPendulum-v5", train_freq=4).learn(100, callback=StepBehindTheScenes())
+    # The batch of 16 steps under construction is lost, and none after it
+    assert model._valid_history == [True] * 48 + [False] * 16 + [True] * 32
+
+
+def test_training_environment_for_evaluation_is_refused_in_the_end() -> None:
+    """SB3 lets an evaluation reset and step the training environment; when it goes on like that AGPO says so."""
+
+    class StepEachTime(BaseCallback):
+        def _on_step(self) -> bool:
+            self.training_env.step(np.zeros((1, 1), dtype=np.float32))
+            return True
+
+    with pytest.raises(ValueError, match="an evaluation needs an environment of its own"):
+        small_model("InvertedPendulum-v5", gradient_steps=1, train_freq=50).learn(1100, callback=StepEachTime())

@@ -73,6 +73,13 @@ def test_noise_of_saturated_and_unlikely_actions_is_bounded(dtype: th.dtype, log
     assert infer_noise(actions[3:4], th.full((1, 1), 100.0, dtype=dtype), th.zeros(1, 1, dtype=dtype)).item() == -MAX_NOISE
 
 
+def test_saturated_actions_of_a_saturated_policy_are_likely() -> None:
+    """Rescaling to the bounds of the action space and back may round an action out of [-1, 1]."""
+    actions = th.tensor([[1.0], [1.0 + 1e-6]], dtype=th.float32)
+    noise = infer_noise(actions, th.full((2, 1), 7.0), th.zeros(2, 1))
+    assert noise.isfinite().all() and noise.abs().max() < 0.5
+
+
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])
 @pytest.mark.parametrize("log_std", [-20.0, 0.0, 2.0])
 @pytest.mark.parametrize("mean", [-1e3, -10.0, 0.0, 10.0, 1e3])

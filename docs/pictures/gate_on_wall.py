@@ -5,7 +5,8 @@ A puck moves towards a stiff wall (:class:`~sb3_agpo.dynamics.torch_tasks.PushAg
 starting points at growing distance, the picture shows the gradient of the discounted return with respect to the first
 action: the true one, and its estimates by the three gradient modes of AGPO. The functions that make the estimates are those
 that AGPO trains with. The true gradient is that of the expected return, noise of the policy included, and comes from many
-rollouts without any derivative. The script also prints the root-mean-square error of each estimate.
+rollouts without any derivative. The script also prints the root-mean-square
+error of each estimate.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from sb3_agpo.dynamics.torch_tasks import PushAgainstWall
 
 GAMMA = 0.95
 ROLLOUT = 80  # steps; GAMMA**80 = 0.02 is the weight of what comes after
-HORIZON = 8  # steps of a window, 0.4 s
+HORIZON = 6  # steps of a window, 0.3 s
 MEAN_ACTION, NOISE = 0.3, 0.3  # of the policy, in units of the action
 VELOCITY = 1.0  # m/s, of all starting points
-POSITIONS = np.linspace(-0.8, -0.02, 40)  # m, of the starting points
-WINDOWS = 24  # per starting point
-REFERENCE_ROLLOUTS = 4000  # per starting point
-CRITIC_SAMPLES, CRITIC_UPDATES = 20_000, 3000
+POSITIONS = np.linspace(-1.0, -0.02, 40)  # m, of the starting points
+WINDOWS = 64  # per starting point
+REFERENCE_ROLLOUTS = 10_000  # per starting point
+CRITIC_SAMPLES, CRITIC_UPDATES = 100_000, 6000
+REACH = 0.55  # m, further than that from the wall hardly any window touches it
 
 ANALYTIC_COLOR, CRITIC_COLOR, ADAPTIVE_COLOR, TRUE_COLOR = "#D55E00", "#0072B2", "#009E73", "#000000"  # Okabe and Ito
 
@@ -93,7 +95,7 @@ def fit_critic(env: PushAgainstWall) -> th.nn.Module:
     :param env: the environment
     :return: maps ``(n, 3)``, state and action, to ``(n, 1)``
     """
-    low, high = th.tensor([-1.0, -1.5], dtype=th.float64), th.tensor([0.05, 1.5], dtype=th.float64)
+    low, high = th.tensor([-1.3, -2.5], dtype=th.float64), th.tensor([0.05, 2.5], dtype=th.float64)
     states = low + (high - low) * th.rand(CRITIC_SAMPLES, 2, dtype=th.float64)
     actions = 2.0 * th.rand(CRITIC_SAMPLES, 1, dtype=th.float64) - 1.0
     targets = returns(env, states, actions)
@@ -229,11 +231,13 @@ def main() -> None:
     gradients = critic_gradients(critic, states, actions)
     gates: dict[str, Gate] = {"analytic": ConstantGate(1.0), "q": ConstantGate(0.0), "adaptive": DisagreementGate()}
     estimates = {name: estimate(gate, derivatives, gradients) for name, gate in gates.items()}
-    print(f"root-mean-square of the true gradient over {len(points)} starting points: {true.square().mean().sqrt():.3f}")
-    for name, result in estimates.items():
-        error = (result.mean - true).square().mean().sqrt()
-        single = (result.samples - true[:, None]).square().mean().sqrt()
-        print(f"{name}: error of the mean of {WINDOWS} windows {error:.3f}, of a single window {single:.3f}")
+    print(f"{'root-mean-square error':<31} {'far from the wall':>17} {'near it':>10}")
+    near = points[:, 0] > -REACH
+    nothing = Estimate(th.zeros_like(true), th.zeros(len(true), 1), th.zeros(len(true), 1))  # its error is the true size
+    for name, result in {"zero": nothing, **estimates}.items():
+        for what, error in (("mean of the windows", result.mean - true), ("single window", result.samples - true[:, None])):
+            far, close = (error[where].square().mean().sqrt().item() for where in (~near, near))
+            print(f"{name + ', ' + what:<31} {far:17.2f} {close:10.2f}")
     draw(true, estimates, output)
     print(f"wrote {output}")
 

@@ -382,12 +382,13 @@ class AGPO(OffPolicyAlgorithm):
         assert self.dynamics is not None
         start = time.perf_counter()
         n_pending = self.rollout_buffer.n_pending
-        if self.needs_derivatives:
+        if self.needs_derivatives and self.dynamics.n_recorded == n_pending:
             derivatives = self.dynamics.take(n_pending)
-            self._check_derivatives(derivatives.valid)
-        else:
+        else:  # nobody wants them; or somebody else has stepped the environment, so that it is unknown which steps are ours
             self.dynamics.discard()
             derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes())
+        if self.needs_derivatives:
+            self._check_derivatives(derivatives.valid)
         transitions = self.rollout_buffer.add_derivatives(derivatives)
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
@@ -406,7 +407,8 @@ class AGPO(OffPolicyAlgorithm):
                 f"{invalid:.0%} of the last {INVALID_WINDOW} simulator derivatives were not finite, exploded, or did not "
                 f"reproduce the environment's step (`max_invalid_fraction` is {self.max_invalid_fraction:.0%}). Use larger "
                 "steps in `finite_differences`, check that nothing changes the simulator's model after AGPO was given the "
-                'environment, or train with `gradient_mode="q"`, `critic_grad_coef=0`'
+                "environment and that no callback steps it (an evaluation needs an environment of its own), or train with "
+                '`gradient_mode="q"`, `critic_grad_coef=0`'
             )
 
     # ------------------------------------------------------------------ training
@@ -431,7 +433,7 @@ class AGPO(OffPolicyAlgorithm):
         if self.dynamics is not None and self.rollout_buffer.full:
             for _ in range(self.rollout_epochs):
                 self._update_policy_from_windows()
-            self.rollout_buffer.reset()
+            self.rollout_buffer.discard_windows()
         self._write_statistics()
 
     def _update_learning_rates(self) -> None:

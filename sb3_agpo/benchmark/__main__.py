@@ -12,6 +12,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "learning": "train algorithms x tasks x seeds and record their evaluations in a CSV file",
     "report": "tables and figures from the CSV files",
+    "fidelity": "measure how well gradient estimates of a saved model agree with brute-force rollouts",
 }
 
 

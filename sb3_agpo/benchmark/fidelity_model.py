@@ -65,6 +65,8 @@ class SavedModel:
     :param policy: actor, online critics and target critics
     :param gamma: discount factor
     :param ent_coef: entropy temperature alpha
+    :param low: lowest actions of the environment, shape ``(nu,)``
+    :param high: highest actions, shape ``(nu,)``
     """
 
     algorithm: str
@@ -97,7 +99,8 @@ class SavedModel:
         ent_coef = learned.detach().exp() if learned is not None else model.ent_coef_tensor
         space = cast(gym.spaces.Box, model.action_space)
         name = "AGPO" if isinstance(model, AGPO) else "SAC"
-        return cls(name, file, model.num_timesteps, policy, model.gamma, ent_coef, space.low, space.high)
+        low, high = (bound.astype(np.float32) for bound in (space.low, space.high))
+        return cls(name, file, model.num_timesteps, policy, model.gamma, ent_coef, low, high)
 
     def act(self, observations: NDArray[Any], noise: NDArray[Any]) -> tuple[FloatArray, NDArray[np.float64]]:
         """
@@ -167,4 +170,4 @@ def load_model(path: Path, env: gym.Env[Any, Any]) -> AGPO | SAC:
             raise ValueError(f"--models: {path} has the {name} {saved}, the task {wanted}; give the task it was trained on")
     algorithm = AGPO if issubclass(policy_class, AGPOPolicy) else SAC
     # A replay buffer of the size it was trained with would only take memory
-    return cast(AGPO | SAC, algorithm.load(path, device="cpu", custom_objects={"buffer_size": 1}))
+    return algorithm.load(path, device="cpu", custom_objects={"buffer_size": 1})

@@ -71,15 +71,6 @@ class VisitedStates(NamedTuple):
     noise: FloatArray  # (S, nu) acting noise
     actions: FloatArray  # (S, nu) in [-1, 1]
 
-    def repeat(self, n: int) -> VisitedStates:
-        """
-        Copy each state.
-
-        :param n: number of copies, which follow each other
-        :return: ``S * n`` states
-        """
-        return VisitedStates(*(np.repeat(field, n, axis=0) for field in self))
-
 
 def visit_states(
     env: gym.Env[Any, Any], simulator: BatchSimulator, model: SavedModel, *, n_states: int, spacing: int, seed: int
@@ -97,7 +88,7 @@ def visit_states(
     """
     random = np.random.default_rng([seed, 0])
     observation, _ = env.reset(seed=seed)
-    kept = []
+    kept: list[VisitedStates] = []
     for _ in range(n_states):
         chosen = int(random.integers(spacing))
         for step in range(spacing):
@@ -105,12 +96,11 @@ def visit_states(
             noise = random.standard_normal((1, len(model.low)), dtype=np.float32)
             action, _ = model.act(seen[None], noise)
             if step == chosen:
-                kept.append((simulator.dynamics.get_state(), seen, noise[0], action[0]))
+                kept.append(VisitedStates(simulator.dynamics.get_state(), seen, noise[0], action[0]))
             observation, _, terminated, truncated, _ = env.step(model.unscale(action)[0])
             if terminated or truncated:
                 observation, _ = env.reset()
-    states, observations, noises, actions = (np.stack(fields) for fields in zip(*kept, strict=True))
-    return VisitedStates(states, observations, noises, actions)
+    return VisitedStates._make(np.stack(fields) for fields in zip(*kept, strict=True))
 
 
 def discounted_returns(
@@ -138,13 +128,16 @@ def discounted_returns(
     log_prob: Array | float = 0.0  # the entropy of the first action is no consequence of it
     observations = np.empty((0, 0))
     for step_noise in noise:
-        states, outcome = simulator.step(states, model.unscale(actions))
         progress(len(total))
+        if not len(rows):
+            continue
+        states, outcome = simulator.step(states, model.unscale(actions))
         finite = np.isfinite(outcome.obs).all(axis=1) & np.isfinite(states).all(axis=1)
         total[rows] += np.where(finite, discount * (outcome.reward - alpha * log_prob), np.nan)
         discount *= model.gamma
         going = ~outcome.terminated & finite
         rows, states, observations = rows[going], states[going], outcome.obs[going]
         actions, log_prob = model.act(observations, step_noise[rows])
-    total[rows] += discount * model.values(observations, noise[-1, rows])
+    if len(rows):
+        total[rows] += discount * model.values(observations, noise[-1, rows])
     return total

@@ -25,6 +25,7 @@ from sb3_agpo.dynamics.recorder import (
     StepRecords,
     TransitionRecorder,
     check_available,
+    find_recorder,
     inherits_unchanged,
     install_recorder,
     remove_recorder,
@@ -41,6 +42,11 @@ class VecDynamics(Protocol):
 
     report: ProviderReport  # where the derivatives come from
     simulator_calls: int  # environment steps simulated for differences
+
+    @property
+    def n_recorded(self) -> int:
+        """Steps per environment that can be taken."""
+        ...
 
     def take(self, n_steps: int) -> TransitionDerivatives:
         """
@@ -117,6 +123,11 @@ class VecEnvDynamics:
         self.env, self.report, self._batched = env, report, batched
         self.simulator_calls = 0  # environment steps simulated for differences
 
+    @property
+    def n_recorded(self) -> int:
+        """Steps per environment that can be taken."""
+        return min(self.env.get_attr("n_recorded"))
+
     def take(self, n_steps: int) -> TransitionDerivatives:
         """
         Differentiate the last steps of every environment, and forget what was recorded before.
@@ -127,7 +138,7 @@ class VecEnvDynamics:
         :raises RuntimeError: if fewer were recorded
         """
         n_envs = self.env.num_envs
-        check_available(n_steps, min(self.env.get_attr("n_recorded")))  # here, as an error would end a worker process
+        check_available(n_steps, self.n_recorded)  # here, as an error would end a worker process
         if self._batched is None:
             parts = self.env.env_method("take_derivatives", n_steps)
             stacked = (np.stack(fields, axis=1) for fields in zip(*parts, strict=True))  # (T, n_envs, ...)
@@ -202,7 +213,7 @@ def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDyn
 def _attach_here(env: DummyVecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
     """Put recorders into environments of this process."""
     env.envs = [install_recorder(single, differences) for single in env.envs]
-    recorders: list[TransitionRecorder] = env.get_attr("recorder")
+    recorders = [recorder for recorder in map(find_recorder, env.envs) if recorder is not None]
     report = summarise([recorder.provider_report for recorder in recorders])
     if report.kind == "none":
         env.envs = [remove_recorder(single) for single in env.envs]

@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import (
     ClipAction,
     DtypeObservation,
@@ -121,6 +122,11 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self._deferred = getattr(dynamics, "deferred", True)
         self._records: deque[Record] = deque()
         self._recording = True
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """How the environment was made; a recorder is no part of that."""
+        return self.env.spec
 
     @property
     def recorder(self) -> TransitionRecorder:
@@ -465,6 +471,20 @@ def install_recorder(env: gym.Env[Any, Any], differences: FiniteDifferences) -> 
         innermost = innermost.env
     innermost.env = recorder
     return env
+
+
+def find_recorder(env: gym.Env[Any, Any]) -> TransitionRecorder | None:
+    """
+    The recorder in an environment.
+
+    :param env: environment, wrapped or not
+    :return: its recorder, None if it has none
+    """
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TransitionRecorder):
+            return env
+        env = env.env
+    return None
 
 
 def remove_recorder(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:

@@ -96,9 +96,10 @@ def _thousands(value: float, _position: int | None = None) -> str:
     Write a number on an axis.
 
     :param value: the number
-    :return: with k for thousands
+    :return: with k for thousands, and the sign that Matplotlib writes by itself on other axes
     """
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+    text = f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
+    return text.replace("-", "−")
 
 
 def _finish(axes: Axes, label: str) -> None:

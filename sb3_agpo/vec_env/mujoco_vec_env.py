@@ -56,8 +56,8 @@ class MujocoVecEnv(VecEnv):
     all of them. Options of the task are read once, on construction.
 
     What ``info`` holds: ``TimeLimit.truncated`` always; ``episode`` and ``terminal_observation`` in the last step of an
-    episode. The task's own entries (``x_position``, ``reward_ctrl``, ...) take longer to compute than the rest of the step
-    and are left out, unless ``full_info`` asks for them.
+    episode. The task's own entries (``x_position``, ``reward_ctrl``, ...) come from Gymnasium's code for single
+    environments, which threads do not speed up; they are left out unless ``full_info`` asks for them.
 
     AGPO takes the derivatives of the steps from this class directly, without recorders in the environments.
 
@@ -118,6 +118,7 @@ class MujocoVecEnv(VecEnv):
     @property
     def envs(self) -> list[GymEnv]:
         """The environments, wrappers included; step them through this object only."""
+        self._is_shared = True
         return self._target_envs(None)
 
     # ------------------------------------------------------------------ stepping

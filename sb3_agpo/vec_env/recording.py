@@ -39,6 +39,11 @@ class BatchRecorder:
         self._engine = TransitionRecorder(env.unwrapped, dynamics, report, *wrapper_scales(env))
         self._records: deque[StepRecords] = deque()
 
+    @property
+    def n_recorded(self) -> int:
+        """Steps per environment that can be taken."""
+        return len(self._records)
+
     def record(self, records: StepRecords) -> None:
         """
         Remember one step of every environment.

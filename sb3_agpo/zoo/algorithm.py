@@ -13,7 +13,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces
 from sb3_agpo.agpo.agpo import AGPO
 
 #: arguments for an agent that is not trained: no memory of the past, of whichever class it was
-PLAYBACK_ARGUMENTS = {
+PLAYBACK_ARGUMENTS: dict[str, Any] = {
     "buffer_size": 1,
     "replay_buffer_class": None,
     "replay_buffer_kwargs": {},

@@ -32,8 +32,9 @@ def register() -> None:
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[ALGORITHM_NAME] = sample_agpo_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[ALGORITHM_NAME] = convert_agpo_params
     # `rl_zoo3.train` has a reference of its own to the class
-    rl_zoo3.exp_manager.ExperimentManager = AGPOExperimentManager
-    rl_zoo3.train.ExperimentManager = AGPOExperimentManager
+    rl_zoo3.exp_manager.ExperimentManager = AGPOExperimentManager  # type: ignore[misc]
+    rl_zoo3.train.ExperimentManager = AGPOExperimentManager  # type: ignore[misc]
     # The zoo puts this class in the place of gymnasium's TimeLimit; it differs in what it reports in `info` alone
-    if rl_zoo3.gym_patches.PatchedTimeLimit not in recorder.TRANSPARENT_WRAPPERS:
-        recorder.TRANSPARENT_WRAPPERS = (*recorder.TRANSPARENT_WRAPPERS, rl_zoo3.gym_patches.PatchedTimeLimit)
+    time_limit = rl_zoo3.gym_patches.PatchedTimeLimit
+    if time_limit not in recorder.TRANSPARENT_WRAPPERS:
+        recorder.TRANSPARENT_WRAPPERS = (*recorder.TRANSPARENT_WRAPPERS, time_limit)  # type: ignore[assignment]

@@ -137,7 +137,7 @@ def _ffmpeg_on_path() -> Iterator[None]:
         yield
         return
     try:
-        from imageio_ffmpeg import get_ffmpeg_exe
+        from imageio_ffmpeg import get_ffmpeg_exe  # type: ignore[import-untyped]
 
         executable = get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:

@@ -1,0 +1,93 @@
+"""Figure of the fidelity benchmark: agreement with the reference against the horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from sb3_agpo.benchmark.fidelity_metrics import ReferenceQuality
+from sb3_agpo.benchmark.fidelity_windows import ANALYTIC, CRITIC
+from sb3_agpo.benchmark.figures import FONT, RESOLUTION, WIDTH
+from sb3_agpo.benchmark.records import Row
+
+# The palette of Okabe and Ito; markers differ as well.
+STYLES = {
+    ANALYTIC: ("#000000", "X"),
+    "disagreement": ("#D55E00", "o"),
+    "variance": ("#009E73", "^"),
+    "inverse": ("#CC79A7", "s"),
+}
+CRITIC_COLOR, REFERENCE_COLOR = "#0072B2", "#7F7F7F"
+LINES = ("-", "--", ":", "-.")
+
+
+class Panel(NamedTuple):
+    """One row of the figure: all rows of the CSV file about one set of critics."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+def fidelity(panels: Sequence[Panel], path: Path) -> None:
+    """
+    Draw the cosines of averaged windows against the horizon, for actions on the left and policy parameters on the right.
+
+    :param panels: one per model and set of critics
+    :param path: PNG file to be written
+    """
+    with mpl.rc_context(FONT):
+        figure = Figure(figsize=(WIDTH, 3.4 * len(panels) + 1.2), layout="constrained")
+        axes = figure.subplots(len(panels), 2, squeeze=False)
+        for panel, (left, right) in zip(panels, axes, strict=True):
+            _draw(left, panel.rows, "action_cosine", "split_half")
+            _draw(right, panel.rows, "parameter_cosine", "parameter_split_half")
+            left.set_title(f"{panel.title}: actions", fontsize=10)
+            right.set_title("policy parameters", fontsize=10)
+        handles = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+        figure.legend(handles=list(handles.values()), handlelength=2.8, ncols=3, loc="outside upper center", fontsize=9)
+        figure.supxlabel("horizon (steps of the window)", fontsize=11)
+        figure.supylabel("cosine with the reference", fontsize=11)
+        figure.savefig(path, dpi=RESOLUTION)
+
+
+def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None:
+    """
+    Draw one panel.
+
+    :param axes: to draw on
+    :param rows: of one set of critics
+    :param column: the cosine
+    :param split_half: column of the agreement between the reference's halves
+    """
+    ceiling = ReferenceQuality.attainable(float(rows[0][split_half]))
+    axes.axhline(ceiling, color=REFERENCE_COLOR, linestyle=":", label="a perfect estimate")
+    for row in rows:
+        if row["method"] == CRITIC:
+            axes.axhline(float(row[column]), color=CRITIC_COLOR, label="critic")
+    most = max(int(row["windows"]) for row in rows)
+    averaged = [row for row in rows if int(row["windows"]) == most and row["method"] != CRITIC]
+    steps = list(dict.fromkeys(row["difference_step"] for row in averaged))
+    for method in dict.fromkeys(row["method"] for row in averaged):
+        color, marker = STYLES[method]
+        for step in steps:
+            points = [
+                (int(row["horizon"]), float(row[column]))
+                for row in averaged
+                if (row["method"], row["difference_step"]) == (method, step)
+            ]
+            label = f"{method}, step {step}, mean of {most}"
+            line = LINES[steps.index(step) % len(LINES)]
+            axes.plot(*zip(*sorted(points), strict=True), line, color=color, marker=marker, markersize=4.5, label=label)
+    axes.axhline(0.0, color="black", linewidth=0.6)
+    axes.set_xscale("log", base=2)
+    if horizons := sorted({int(row["horizon"]) for row in averaged}):
+        axes.set_xticks(horizons, [str(horizon) for horizon in horizons])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)

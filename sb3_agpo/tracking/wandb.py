@@ -1,0 +1,363 @@
+"""
+Weights & Biases for AGPO: what wandb's own callback and its reading of TensorBoard files leave out.
+
+Distributions of the gate, figures of the run, checkpoints with a history, videos, and runs that go on where they stopped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from PIL import Image as PillowImage
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import CSVOutputFormat, Figure, Image, KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.agpo.gates import Gate
+from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
+from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
+
+try:
+    import wandb
+except ImportError as error:
+    raise ImportError(f"wandb cannot be imported ({error}); install it with: pip install 'sb3-agpo[wandb]'") from error
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+#: environment steps, which everything is drawn against
+STEP = "global_step"
+DEFAULT_PROJECT = "sb3-agpo"
+FIGURES: dict[str, Callable[..., None]] = {
+    "figures/learning_curve": learning_curve,
+    "figures/gradient_statistics": gradient_statistics,
+}
+
+
+class WandbOutputFormat(KVWriter):
+    """
+    Sends what SB3's logger writes to a run of Weights & Biases.
+
+    :param run: the run
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        Send values.
+
+        :param key_values: names and values
+        :param key_excluded: names and the outputs that are not to get them; ``"wandb"`` is this one
+        :param step: environment steps
+        """
+        kept = {key: value for key, value in key_values.items() if "wandb" not in (key_excluded.get(key) or ())}
+        converted = {key: to_wandb(value) for key, value in kept.items()}
+        self.run.log({**{key: value for key, value in converted.items() if value is not None}, STEP: step})
+
+    def close(self) -> None:
+        """Nothing to close: whoever started the run finishes it."""
+
+
+def to_wandb(value: Any) -> Any:
+    """
+    Turn a value of SB3's logger into what Weights & Biases shows.
+
+    :param value: number, text, tensor or array (a histogram), figure, image or animation
+    :return: the converted value; None for what cannot be shown
+    """
+    match value:
+        case str():
+            return value
+        case bool() | int() | float() | np.number() | np.bool_():
+            return float(value)
+        case th.Tensor() | np.ndarray():
+            return wandb.Histogram(th.as_tensor(value).flatten().tolist())
+        case Figure():
+            return wandb.Image(value.figure)
+        case Image(dataformats="HWC"):
+            return wandb.Image(np.asarray(value.image))
+        case Animation():
+            return wandb.Video(BytesIO(value.gif), format="gif")
+    return None
+
+
+def write_to_tensorboard(output: TensorBoardOutputFormat, values: Mapping[str, Any], step: int) -> None:
+    """
+    Write values to TensorBoard's file.
+
+    :param output: SB3's writer
+    :param values: names and values; animations too, for which SB3 has no type
+    :param step: environment steps
+    """
+    others = {key: value for key, value in values.items() if not isinstance(value, Animation)}
+    output.write(others, dict.fromkeys(others, ()), step)
+    for key, value in values.items():
+        if isinstance(value, Animation):
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            image = Summary.Image(height=value.height, width=value.width, colorspace=3, encoded_image_string=value.gif)
+            assert output.writer.file_writer is not None
+            output.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
+
+
+class RecordingGate(Gate):
+    """
+    A gate that remembers its weights.
+
+    It is saved as the gate inside: a model that is saved while a callback watches it needs no callback to be loaded.
+
+    :param gate: where the weights come from
+    :param original: what the algorithm's ``gate`` was, None for its default
+    """
+
+    __slots__ = ("gate", "original", "weights")
+
+    def __init__(
+        self, gate: Callable[[th.Tensor, th.Tensor, int], th.Tensor], original: Callable[..., th.Tensor] | None
+    ) -> None:
+        self.gate, self.original = gate, original
+        self.weights: dict[int, list[th.Tensor]] = {}
+
+    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+        """See :class:`~sb3_agpo.agpo.gates.Gate`."""
+        weights = self.gate(analytic, critic, step)
+        self.weights.setdefault(step, []).append(weights.detach())
+        return weights
+
+    def take(self) -> dict[int, th.Tensor]:
+        """
+        Hand over the weights remembered and forget them.
+
+        :return: step of the window -> weights of all samples
+        """
+        taken = {step: th.cat(weights) for step, weights in sorted(self.weights.items())}
+        self.weights = {}
+        return taken
+
+    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
+        return _itself, (self.original,)
+
+
+def _itself(original: Any) -> Any:
+    """
+    Restore what was saved.
+
+    :param original: it
+    :return: likewise
+    """
+    return original
+
+
+def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    The hyperparameters of a model, for the configuration of a run.
+
+    :param model: the model
+    :return: constructor argument -> number, text, or a description of anything else
+    """
+    names = set(inspect.signature(type(model).__init__).parameters) & set(vars(model))
+    settings = {name: _plain(getattr(model, name)) for name in sorted(names - {"policy", "env", "_init_setup_model"})}
+    described = {"algo": type(model).__name__, "policy": type(model.policy).__name__, "n_envs": model.n_envs}
+    if isinstance(model, AGPO):
+        described["derivatives"] = f"{model.provider_report.kind} ({model.provider_report.reason})"
+    return {**settings, **described}
+
+
+def _plain(value: Any) -> Any:
+    """
+    Describe a hyperparameter.
+
+    :param value: its value
+    :return: the value itself if it is a number or text
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, RecordingGate):
+        return _plain(value.original)
+    if isinstance(value, Gate):
+        return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in vars(value).items())})"
+    return str(value)
+
+
+class AGPOWandbCallback(BaseCallback):
+    """
+    Logs a training run to Weights & Biases.
+
+    Everything that SB3's logger writes, unless ``sync_tensorboard`` already sends it; and on top of it, to TensorBoard
+    too if there is a log: histograms of the gate at each step of the windows (``gate/step_0`` ...), the learning curve
+    and AGPO's gradient statistics as figures, videos. Checkpoints become versions of one artifact,
+    ``checkpoint-<run id>``. Other algorithms of SB3 can be logged as well; they have no gate.
+
+    A run that is active (``wandb.run``) is used and left open; otherwise one is started and finished. wandb's own
+    settings, such as ``WANDB_MODE=offline`` or ``disabled``, apply.
+
+    :param run_id: id of a run to go on with, or to give to a new one; :attr:`run_id` has it once training has started
+    :param run_arguments: arguments of ``wandb.init`` if a run is started: project, group, tags, mode, dir, ...
+    :param histogram_freq: environment steps between histograms; 0 for none
+    :param figure_freq: environment steps between figures, which are also drawn at the end; 0 for none at all
+    :param checkpoint_freq: environment steps between checkpoints, one of which is also taken at the end; 0 for none at all
+    :param checkpoint_replay_buffer: put the replay buffer, which can be large, into checkpoints
+    :param video_env: environment with ``render_mode="rgb_array"`` to record in; not the one that evaluations use
+    :param video_freq: environment steps between videos of one episode, recorded at the end as well
+    :param verbose: 0 nothing, 1 information
+    :raises ValueError: if a frequency is negative, or another run than ``run_id`` is active when training starts
+    """
+
+    def __init__(
+        self,
+        run_id: str | None = None,
+        run_arguments: Mapping[str, Any] | None = None,
+        histogram_freq: int = 1000,
+        figure_freq: int = 10_000,
+        checkpoint_freq: int = 0,
+        checkpoint_replay_buffer: bool = False,
+        video_env: gym.Env[Any, Any] | VecEnv | None = None,
+        video_freq: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.run_id, self.run_arguments = run_id, dict(run_arguments or {})
+        self.checkpoint_replay_buffer, self.video_env = checkpoint_replay_buffer, video_env
+        frequencies = {"histogram": histogram_freq, "figure": figure_freq, "checkpoint": checkpoint_freq, "video": video_freq}
+        for name, frequency in frequencies.items():
+            if frequency < 0:
+                raise ValueError(f"`{name}_freq` must be a number of steps, or 0 for never, got {frequency!r}")
+        if bool(video_freq) != (video_env is not None):
+            raise ValueError(f"videos need both `video_env` and `video_freq`, got {video_env!r} and {video_freq!r}")
+        actions = (self._log_gate, self._log_figures, self._log_checkpoint, self._log_video)
+        self._schedule = [(every, act) for every, act in zip(frequencies.values(), actions, strict=True) if every > 0]
+        self._run: Run | None = None
+        self._finish_run = False
+
+    # ------------------------------------------------------------------ start and end
+
+    def _on_training_start(self) -> None:
+        self._run = self._start_run()
+        self.run_id = self._run.id
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+        self._run.config.setdefaults(settings_of(self.model))
+        outputs = self.logger.output_formats
+        self._tensorboard = [output for output in outputs if isinstance(output, TensorBoardOutputFormat)]
+        synchronized = bool(self._run.settings.sync_tensorboard and self._tensorboard)
+        self._wandb = None if synchronized else WandbOutputFormat(self._run)
+        self._folder = tempfile.TemporaryDirectory()
+        self._progress = Path(self._folder.name) / "progress.csv"
+        self._own_outputs: list[KVWriter] = [CSVOutputFormat(str(self._progress))]
+        if self._wandb is not None:
+            self._own_outputs.append(self._wandb)
+        outputs.extend(self._own_outputs)
+        self._gate = None
+        if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
+            self._gate = RecordingGate(self.model._gate(), self.model.gate)
+            self.model.gate = self._gate
+        self._last = {act: self.num_timesteps for _, act in self._schedule}
+
+    def _start_run(self) -> Run:
+        """
+        Use the active run, or start one.
+
+        :return: the run
+        :raises ValueError: if the active run is another one than the user asked for
+        """
+        if wandb.run is None:
+            self._finish_run = True
+            # "allow": a new run if there is none of this id
+            resume = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
+            return wandb.init(**{"project": DEFAULT_PROJECT, **self.run_arguments, **resume})
+        if self.run_id not in (None, wandb.run.id):
+            raise ValueError(
+                f"the run {wandb.run.id!r} is active, but `run_id` is {self.run_id!r}; call `wandb.finish()` first, or "
+                "leave `run_id` out"
+            )
+        self._finish_run = False
+        return wandb.run
+
+    def _on_step(self) -> bool:
+        for every, act in self._schedule:
+            if self.num_timesteps - self._last[act] >= every:
+                self._last[act] = self.num_timesteps
+                act()
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._run is None:  # the zoo ends its first callback a second time
+            return
+        for _, act in self._schedule:
+            if self._last[act] < self.num_timesteps:
+                act()
+        if self._gate is not None and isinstance(self.model, AGPO):
+            self.model.gate = self._gate.original
+        for output in self._own_outputs:
+            self.logger.output_formats.remove(output)
+            output.close()
+        self._folder.cleanup()
+        if self._finish_run:
+            self._run.finish()
+        self._run = None
+
+    # ------------------------------------------------------------------ what is logged
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        """
+        Write values at once: SB3's logger keeps the last one only, until it writes at the end of an episode.
+
+        :param values: names and values
+        """
+        for output in self._tensorboard:
+            write_to_tensorboard(output, values, self.num_timesteps)
+        if self._wandb is not None:
+            self._wandb.write(dict(values), {}, self.num_timesteps)
+
+    def _log_gate(self) -> None:
+        """Histograms of the gate's weights since the last ones, for each step of the windows."""
+        weights = {} if self._gate is None else self._gate.take()
+        if weights:
+            self._write({f"gate/step_{step}": values for step, values in weights.items()})
+
+    def _log_figures(self) -> None:
+        """Figures of the run so far, where there is something to draw."""
+        path = Path(self._folder.name) / "figure.png"
+        pictures = {}
+        for name, draw in FIGURES.items():
+            try:
+                draw(self._progress, path)
+            except NothingToDraw:
+                continue
+            with PillowImage.open(path) as picture:
+                pictures[name] = Image(np.asarray(picture.convert("RGB")), "HWC")
+        if pictures:
+            self._write(pictures)
+
+    def _log_checkpoint(self) -> None:
+        """The model and what it needs to go on, as the next version of the run's artifact."""
+        assert self._run is not None
+        metadata = {"num_timesteps": self.num_timesteps, "algo": type(self.model).__name__}
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=metadata)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save(Path(folder) / "model.zip")
+            normalization = self.model.get_vec_normalize_env()
+            if normalization is not None:
+                normalization.save(str(Path(folder) / "vecnormalize.pkl"))
+            if self.checkpoint_replay_buffer and hasattr(self.model, "save_replay_buffer"):
+                self.model.save_replay_buffer(Path(folder) / "replay_buffer.pkl")
+            artifact.add_dir(folder)
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{self.num_timesteps}"])
+
+    def _log_video(self) -> None:
+        """A video of one episode of the deterministic policy."""
+        assert self.video_env is not None
+        frames, speed = record_episode(self.model, self.video_env)
+        self._write({"video/episode": encode_animation(frames, speed)})

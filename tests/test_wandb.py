@@ -1,0 +1,409 @@
+"""Weights & Biases: real offline runs, read back from the files that they leave."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import gymnasium as gym
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch as th
+import wandb
+from numpy.typing import NDArray
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Figure, HParam, Image
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from sb3_agpo import AGPO
+from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
+from sb3_agpo.tracking.video import encode_animation, record_episode
+from sb3_agpo.tracking.wandb import STEP, AGPOWandbCallback, RecordingGate, WandbOutputFormat, settings_of, to_wandb
+
+ENVIRONMENT = "InvertedPendulum-v5"
+SMALL: dict[str, Any] = {
+    "buffer_size": 1000,
+    "learning_starts": 20,
+    "train_freq": 10,
+    "rollout_size": 32,
+    "horizon": 2,
+    "policy_kwargs": {"net_arch": [16]},
+    "seed": 0,
+    "device": "cpu",
+}
+BLOCK = 32768  # bytes; records of a .wandb file do not cross blocks
+WHOLE, LAST = 1, 4  # kinds of pieces that end a record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No account, no network, nothing printed, and nothing written outside temporary folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"):
+            patch.setenv(f"WANDB_{name}", str(tmp_path_factory.mktemp("wandb")))
+        for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONSOLE", "off")):
+            patch.setenv(f"WANDB_{name}", value)
+        yield
+        wandb.teardown()
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left() -> Iterator[None]:
+    """A test that fails leaves no active run to the next."""
+    yield
+    wandb.finish()
+
+
+class Offline:
+    """
+    What an offline run left.
+
+    :param folder: the run's ``dir``
+    """
+
+    def __init__(self, folder: Path) -> None:
+        (self.file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        self.files = self.file.parent / "files"
+        self.records = list(read_records(self.file))
+        self.run_id = next(record.run.run_id for record in self.records if record.HasField("run"))
+        self.rows = [row_of(record) for record in self.records if record.HasField("history")]
+        self.artifacts = [record.artifact for record in self.records if record.HasField("artifact")]
+
+    def series(self, key: str) -> dict[int, Any]:
+        """Environment steps -> values of a key."""
+        return {row[STEP]: row[key] for row in self.rows if key in row}
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration."""
+        updates = [update for record in self.records if record.HasField("config") for update in record.config.update]
+        return {update.key: json.loads(update.value_json) for update in updates}
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """
+    Read a ``.wandb`` file: seven bytes, then the pieces of a LevelDB log, of which one or more make a record.
+
+    :param path: the file
+    :return: its records
+    """
+    data, position, pieces = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        if BLOCK - position % BLOCK < 7:  # no room for a header
+            position += BLOCK - position % BLOCK
+            continue
+        _checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (WHOLE, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            pieces = b""
+            yield record
+
+
+def row_of(record: Any) -> dict[str, Any]:
+    """
+    Read a row of the history.
+
+    :param record: of a ``.wandb`` file
+    :return: names and values, those of histograms and media as dictionaries
+    """
+    row: dict[str, Any] = {}
+    for item in record.history.item:
+        first, *rest = item.nested_key or [item.key]
+        value = json.loads(item.value_json)
+        if rest:
+            row.setdefault(first, {})[rest[0]] = value
+        else:
+            row[first] = value
+    return row
+
+
+class Painted(gym.Wrapper):  # type: ignore[type-arg]
+    """
+    An environment that can draw itself on any machine.
+
+    :param env: environment
+    """
+
+    render_mode = "rgb_array"
+
+    def render(self) -> NDArray[np.uint8]:
+        """A random picture."""
+        return np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+
+
+def callback_in(folder: Path, **named: Any) -> AGPOWandbCallback:
+    """
+    A callback whose run is written to a folder.
+
+    :param folder: the folder
+    :param named: other arguments of the callback
+    :return: the callback
+    """
+    return AGPOWandbCallback(run_arguments={"dir": str(folder), "tags": ["test"]}, **named)
+
+
+class Logged:
+    """
+    A finished training run with everything logged.
+
+    :param folder: of W&B and TensorBoard
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AGPO("MlpPolicy", ENVIRONMENT, tensorboard_log=str(folder / "tb"), gate=VarianceSwitch(2.0), **SMALL)
+        evaluation = EvalCallback(Monitor(gym.make(ENVIRONMENT)), n_eval_episodes=1, eval_freq=100, verbose=0)
+        painted = Painted(gym.make(ENVIRONMENT))
+        self.callback = callback_in(
+            folder, histogram_freq=100, figure_freq=150, checkpoint_freq=150, video_env=painted, video_freq=200
+        )
+        self.model.learn(250, callback=[evaluation, self.callback])
+        self.run = Offline(folder)
+        self.events = EventAccumulator(str(folder / "tb" / "AGPO_1"))
+        self.events.Reload()
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """One run that the tests share."""
+    return Logged(tmp_path_factory.mktemp("logged"))
+
+
+def test_scalars_of_the_logger(logged: Logged) -> None:
+    """Everything that SB3's logger writes arrives, against environment steps, AGPO's statistics among it."""
+    assert list(logged.run.series("eval/mean_reward")) == [100, 200]
+    for key in ("gate_mean", "analytic_grad_norm", "critic_grad_norm", "grad_cosine", "matching_loss", "critic_loss"):
+        values = logged.run.series(f"train/{key}")
+        assert values and np.isfinite(list(values.values())).all(), key
+    metrics = {record.metric.glob_name or record.metric.name for record in logged.run.records if record.HasField("metric")}
+    assert metrics == {STEP, "*"}
+
+
+def test_histograms_of_the_gate(logged: Logged) -> None:
+    """One per window step; their counts are the windows' samples, their weights those of the gate."""
+    for step in range(SMALL["horizon"]):
+        histograms = logged.run.series(f"gate/step_{step}")
+        assert list(histograms) == [100, 200, 250]
+        for histogram in histograms.values():
+            assert histogram["_type"] == "histogram"
+            low, high = histogram["bins"][0], histogram["bins"][-1]
+            assert -0.5 <= low and high <= 1.5  # a constant is drawn half a unit wide on each side
+    windows = SMALL["rollout_size"] // SMALL["horizon"]
+    first = logged.run.series("gate/step_0")
+    assert all(sum(histogram["values"]) % windows == 0 for histogram in first.values())
+
+
+def test_figures_and_video(logged: Logged) -> None:
+    """Pictures of the run so far at their steps and at the end, kept in the run's files."""
+    for key, steps in {"figures/learning_curve": [150, 250], "figures/gradient_statistics": [150, 250]}.items():
+        pictures = logged.run.series(key)
+        assert list(pictures) == steps
+        assert all((logged.run.files / picture["path"]).read_bytes()[:4] == b"\x89PNG" for picture in pictures.values())
+    videos = logged.run.series("video/episode")
+    assert list(videos) == [200, 250]
+    assert all((logged.run.files / video["path"]).read_bytes()[:3] == b"GIF" for video in videos.values())
+
+
+def test_checkpoints_are_versions_of_one_artifact(logged: Logged) -> None:
+    """Named after the run, found by step, and loadable without the callback: the gate is the user's."""
+    artifacts = logged.run.artifacts
+    assert {artifact.name for artifact in artifacts} == {f"checkpoint-{logged.run.run_id}"}
+    assert [list(artifact.aliases) for artifact in artifacts] == [["latest", "step-150"], ["latest", "step-250"]]
+    assert json.loads(artifacts[0].metadata) == {"num_timesteps": 150, "algo": "AGPO"}
+    (entry,) = artifacts[0].manifest.contents
+    assert entry.path == "model.zip"
+    model = AGPO.load(entry.local_path)
+    assert model.num_timesteps == 150
+    assert isinstance(model.gate, VarianceSwitch) and model.gate.ratio == 2.0
+
+
+def test_configuration(logged: Logged) -> None:
+    """Hyperparameters, the source of derivatives, and what a run was asked to be."""
+    config = logged.run.config()
+    assert (config["algo"], config["horizon"], config["learning_rate"]) == ("AGPO", 2, logged.model.learning_rate)
+    assert config["gate"] == "VarianceSwitch(ratio=2.0)"
+    assert config["derivatives"].startswith("mujoco (")
+    (run,) = (record.run for record in logged.run.records if record.HasField("run"))
+    assert (run.project, list(run.tags)) == ("sb3-agpo", ["test"])
+
+
+def test_tensorboard_gets_the_same(logged: Logged) -> None:
+    """Histograms, figures and videos, next to SB3's scalars."""
+    tags = logged.events.Tags()
+    assert tags["histograms"] == ["gate/step_0", "gate/step_1"]
+    assert set(tags["images"]) == {"figures/learning_curve", "figures/gradient_statistics", "video/episode"}
+    assert [event.step for event in logged.events.Histograms("gate/step_0")] == [100, 200, 250]
+    (*_, video) = logged.events.Images("video/episode")
+    assert video.encoded_image_string[:3] == b"GIF" and (video.height, video.width) == (12, 16)
+    assert "train/gate_mean" in tags["scalars"]
+
+
+def test_the_model_is_left_as_it_was(logged: Logged) -> None:
+    """After training the gate is the user's, the logger has its own outputs only, and the run is over."""
+    assert isinstance(logged.model.gate, VarianceSwitch)
+    assert {type(output).__name__ for output in logged.model.logger.output_formats} == {"TensorBoardOutputFormat"}
+    assert wandb.run is None
+    logged.callback.on_training_end()  # the zoo does so twice
+
+
+def test_going_on_by_id(tmp_path: Path) -> None:
+    """A second process of training, with its own folder, adds to the run of the first."""
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+    first = callback_in(tmp_path / "first", histogram_freq=50)
+    (tmp_path / "first").mkdir(), (tmp_path / "second").mkdir()
+    model.learn(100, callback=first)
+    assert model.gate is None
+    model.save(tmp_path / "model.zip")
+    loaded = AGPO.load(tmp_path / "model.zip", env=ENVIRONMENT)
+    assert first.run_id is not None
+    second = callback_in(tmp_path / "second", run_id=first.run_id, histogram_freq=50)
+    loaded.learn(100, callback=second, reset_num_timesteps=False)
+    before, after = Offline(tmp_path / "first"), Offline(tmp_path / "second")
+    assert before.run_id == after.run_id == first.run_id == second.run_id
+    assert list(before.series("gate/step_0")) == [50, 100]
+    assert list(after.series("gate/step_0"))[-1] == 200 and min(after.series("train/ent_coef")) > 100
+
+
+def test_an_active_run_is_used_and_stays_open(tmp_path: Path) -> None:
+    """The user's run keeps its configuration; a run of another id is refused."""
+    run = wandb.init(dir=str(tmp_path), project="mine", config={"horizon": "given"})
+    callback = AGPOWandbCallback()
+    AGPO("MlpPolicy", ENVIRONMENT, gradient_mode="q", **SMALL).learn(40, callback=callback)
+    assert wandb.run is run and callback.run_id == run.id
+    assert (run.config["horizon"], run.config["gradient_mode"]) == ("given", "q")
+    with pytest.raises(ValueError, match=r"is active, but `run_id` is 'other'; call `wandb.finish\(\)` first"):
+        AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(1, callback=AGPOWandbCallback(run_id="other"))
+
+
+def test_synchronised_tensorboard_sends_nothing_twice(tmp_path: Path) -> None:
+    """With `sync_tensorboard` everything comes from TensorBoard's file, once."""
+    run = wandb.init(dir=str(tmp_path), sync_tensorboard=True)
+    model = AGPO("MlpPolicy", ENVIRONMENT, tensorboard_log=str(tmp_path / "tb"), **SMALL)
+    painted = Painted(gym.make(ENVIRONMENT))
+    model.learn(100, callback=AGPOWandbCallback(histogram_freq=50, video_env=painted, video_freq=100))
+    run.finish()
+    wandb.tensorboard.unpatch()
+    offline = Offline(tmp_path)
+    steps = [row[STEP] for row in offline.rows if "gate/step_0" in row]
+    assert steps == [50, 100]
+    assert len([row for row in offline.rows if "train/ent_coef" in row]) == len(offline.series("train/ent_coef")) > 0
+    assert list(offline.series("video/episode")) == [100]
+
+
+def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is called and nothing is written."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    painted = Painted(gym.make(ENVIRONMENT))
+    everything = {"histogram_freq": 20, "figure_freq": 20, "checkpoint_freq": 20, "video_env": painted, "video_freq": 20}
+    callback = AGPOWandbCallback(run_arguments={"dir": str(tmp_path), "mode": "disabled"}, **everything)  # type: ignore[arg-type]
+    AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(80, callback=callback)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_algorithms(tmp_path: Path) -> None:
+    """SAC has no gate and no gradient statistics; the rest is logged, with its normalisation and memory in checkpoints."""
+    env = VecNormalize(make_vec_env(ENVIRONMENT))
+    model = SAC("MlpPolicy", env, learning_starts=20, train_freq=20, buffer_size=100, policy_kwargs={"net_arch": [8]})
+    model.learn(60, callback=callback_in(tmp_path, histogram_freq=20, checkpoint_freq=60, checkpoint_replay_buffer=True))
+    offline = Offline(tmp_path)
+    assert offline.series("train/critic_loss")
+    assert not [key for row in offline.rows for key in row if key.startswith("gate/")]
+    names = {entry.path for entry in offline.artifacts[0].manifest.contents}
+    assert names == {"model.zip", "vecnormalize.pkl", "replay_buffer.pkl"}
+    assert "derivatives" not in offline.config()
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def test_a_recording_gate_is_saved_as_the_gate_inside() -> None:
+    """It passes weights on, hands them over once, and leaves no trace in a file."""
+    gate = RecordingGate(ConstantGate(0.25), None)
+    gradients = th.ones(3, 2)
+    for step in (1, 0, 1):
+        assert gate(gradients, gradients, step).tolist() == [0.25] * 3
+    taken = gate.take()
+    assert {step: len(weights) for step, weights in taken.items()} == {0: 3, 1: 6}
+    assert gate.take() == {}
+    assert cloudpickle.loads(cloudpickle.dumps(gate)) is None
+    inner = DisagreementGate(3.0)
+    restored = cloudpickle.loads(cloudpickle.dumps(RecordingGate(inner, inner)))
+    assert isinstance(restored, DisagreementGate) and restored.tolerance == 3.0
+
+
+def test_settings_describe_a_watched_gate() -> None:
+    """Whoever reads the configuration sees the user's argument, and schedules and tuples as text."""
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+    model.gate = RecordingGate(DisagreementGate(), None)
+    settings = settings_of(model)
+    assert settings["gate"] is None
+    assert settings["finite_differences"].startswith("FiniteDifferences(")
+    assert not {"env", "policy_class", "_init_setup_model"} & set(settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (1, float),
+        (np.float32(0.5), float),
+        (True, float),
+        ("text", str),
+        (th.rand(4, 2), wandb.Histogram),
+        (np.arange(3), wandb.Histogram),
+        (Figure(matplotlib.figure.Figure(), close=False), wandb.Image),
+        (Image(np.zeros((4, 4, 3), dtype=np.uint8), "HWC"), wandb.Image),
+        (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), type(None)),
+        (encode_animation([np.zeros((4, 4, 3), dtype=np.uint8)] * 2, 10.0), wandb.Video),
+        (HParam({}, {"a": 1}), type(None)),
+    ],
+)
+def test_conversion(value: Any, kind: type) -> None:
+    """What SB3's logger takes, as Weights & Biases shows it."""
+    assert isinstance(to_wandb(value), kind)
+
+
+def test_exclusion(tmp_path: Path) -> None:
+    """Values can be kept from this output, as from SB3's own."""
+    with wandb.init(dir=str(tmp_path)) as run:
+        values: dict[str, Any] = {"kept": 1, "excluded": 2, "unknown": object()}
+        WandbOutputFormat(run).write(values, {"excluded": ("wandb",), "kept": ("stdout",)}, 7)
+    (row,) = Offline(tmp_path).rows
+    assert {key for key in row if not key.startswith("_")} == {"kept", STEP}
+
+
+def test_refusals() -> None:
+    """Arguments that make no sense name the fix."""
+    with pytest.raises(ValueError, match="`figure_freq` must be a number of steps, or 0 for never, got -1"):
+        AGPOWandbCallback(figure_freq=-1)
+    with pytest.raises(ValueError, match="videos need both `video_env` and `video_freq`"):
+        AGPOWandbCallback(video_freq=10)
+    with pytest.raises(ValueError, match='`render_mode="rgb_array"`, got None'):
+        record_episode(AGPO("MlpPolicy", ENVIRONMENT, **SMALL), gym.make(ENVIRONMENT))
+
+
+def test_episodes_are_recorded_as_the_policy_sees_them() -> None:
+    """Observations are normalised with the statistics of training; long episodes are cut."""
+    env = VecNormalize(make_vec_env(ENVIRONMENT))
+    model = AGPO("MlpPolicy", env, **SMALL)
+    env.obs_rms.mean[:] = 5.0  # type: ignore[union-attr]
+    seen = []
+    predict = model.predict
+
+    def spy(observation: Any, **named: Any) -> Any:
+        seen.append(observation)
+        return predict(observation, **named)
+
+    model.predict = spy  # type: ignore[method-assign]
+    frames, speed = record_episode(model, Painted(gym.make(ENVIRONMENT)), max_frames=2)
+    assert len(frames) == 2 and frames[0].shape == (12, 16, 3) and speed > 0
+    assert all((observation < -4.0).all() for observation in seen)
