@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mujoco
@@ -220,3 +223,19 @@ def assert_same_bits(actual: TransitionDerivatives, expected: TransitionDerivati
         first, second = getattr(actual, name), getattr(expected, name)
         assert first.shape == second.shape and first.dtype == second.dtype, name
         np.testing.assert_array_equal(first, second, err_msg=name)
+
+
+def count_threads() -> int:
+    """
+    Count the threads of this process, those of MuJoCo included, when none has ended for a while.
+
+    :return: the number
+    """
+    gc.collect()
+    count, deadline = -1, time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        previous, count = count, len(list(Path("/proc/self/task").iterdir()))
+        if count == previous:
+            break
+        time.sleep(0.1)
+    return count

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -19,6 +16,7 @@ from dynamics_reference import (
     INTEGRATION,
     Array,
     assert_same_bits,
+    count_threads,
     everything_of,
     integration_state,
     play,
@@ -847,28 +845,17 @@ def test_vectorised_environments_that_offer_little(answer: str) -> None:
 
 
 def test_attaching_again_replaces_recorders_and_their_threads(opened: Callable[[VecEnv], VecEnv]) -> None:
-    def n_threads() -> int:
-        gc.collect()
-        return len(list(Path("/proc/self/task").iterdir()))
-
-    def wait_for(expected: int) -> None:
-        deadline = time.monotonic() + 5.0
-        while n_threads() > expected and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert n_threads() == expected
-
     env = opened(DummyVecEnv([hopper, hopper]))
-    before = n_threads()
+    before = count_threads()
     for _ in range(3):
         dynamics = attached(env, FiniteDifferences(threads=2))
         roll(env, 2)
         assert dynamics.take(2).valid.all()
         for single in env.envs:  # type: ignore[attr-defined]
             assert single.env.env.env is single.unwrapped
-    started = n_threads() - before
-    assert 0 < started <= 2
+    assert 0 < count_threads() - before <= 2
     env.close()
-    wait_for(before)
+    assert count_threads() == before
 
 
 def test_two_owners_of_one_environment(opened: Callable[[VecEnv], VecEnv]) -> None:

@@ -167,11 +167,13 @@ def test_environments_in_worker_processes(tmp_path: Path) -> None:
 
 
 def test_tracking_offline(tmp_path: Path) -> None:
-    """`--track` leaves an offline run, and TensorBoard's file where the zoo puts it."""
+    """`--track` leaves an offline run, and TensorBoard's file where the zoo puts it; AGPO's callback adds to both."""
     variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
-    python("-m", "sb3_agpo.zoo", "train", *QUICK, "-n", "60", "--track", "-f", "logs", "-params", *SMALL, **variables)
+    parameters = [*SMALL, "callback:'sb3_agpo.tracking.wandb.AGPOWandbCallback'"]
+    python("-m", "sb3_agpo.zoo", "train", *QUICK, "-n", "120", "--track", "-f", "logs", "-params", *parameters, **variables)
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 1
-    assert len(list(tmp_path.glob(f"runs/*/{ENVIRONMENT}/AGPO_1/events*"))) == 1
+    (events,) = tmp_path.glob(f"runs/*/{ENVIRONMENT}/AGPO_1/events*")
+    assert b"gate/step_0" in events.read_bytes()
 
 
 def test_the_users_own_configuration_has_precedence(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
+from sb3_agpo.agpo.checkpoint import resume, save_checkpoint
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, Gate
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
@@ -135,10 +136,10 @@ class AGPO(OffPolicyAlgorithm):
         learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 1000,
-        batch_size: int = 256,
+        batch_size: int = 64,
         tau: float = 0.005,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 2,
+        train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -155,7 +156,7 @@ class AGPO(OffPolicyAlgorithm):
         gate: Gate | Callable[[th.Tensor, th.Tensor, int], th.Tensor] | None = None,
         critic_learning_rate: float | Schedule | None = 5e-4,
         critic_grad_coef: float = 1.0,
-        critic_grad_batch_size: int = 64,
+        critic_grad_batch_size: int = 32,
         policy_delay: int | None = None,
         max_grad_norm: float = 1.0,
         derivative_memory: float = 0.5,
@@ -234,6 +235,7 @@ class AGPO(OffPolicyAlgorithm):
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
+        self._state_before_rollout: th.Tensor | None = None
         if _init_setup_model:
             self._setup_model()
 
@@ -332,6 +334,12 @@ class AGPO(OffPolicyAlgorithm):
         self._acting_noise = noise.cpu().numpy()
         return self.policy.unscale_action(scaled), scaled
 
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """See :meth:`stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`."""
+        # gSDE draws a matrix before callbacks are asked: a checkpoint saved by one of them is to draw the same again
+        self._state_before_rollout = th.get_rng_state() if self.use_sde else None
+        return super().collect_rollouts(*args, **kwargs)
+
     def _store_transition(
         self,
         replay_buffer: ReplayBuffer,
@@ -389,6 +397,8 @@ class AGPO(OffPolicyAlgorithm):
             derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes())
         if self.needs_derivatives:
             self._check_derivatives(derivatives.valid)
+        # A derivative does not see that the episode ends, which is all that matters where it does: the critic knows better
+        derivatives = derivatives._replace(valid=derivatives.valid & ~self.rollout_buffer.pending_terminated())
         transitions = self.rollout_buffer.add_derivatives(derivatives)
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
@@ -602,6 +612,38 @@ class AGPO(OffPolicyAlgorithm):
         source = (type(self.dynamics).__name__, self.provider_report.kind, self.provider_report.signature)
         return (self.rollout_size, self.horizon, self.n_envs, *source)
 
+    def save_checkpoint(
+        self, directory: str | pathlib.Path, keep: int = 1, torch_generator: th.Tensor | None = None
+    ) -> pathlib.Path:
+        """
+        Add a checkpoint to a directory, from which :meth:`resume` goes on bit for bit; see :mod:`sb3_agpo.agpo.checkpoint`.
+
+        To be called between two calls of ``learn``;
+        :class:`~sb3_agpo.tracking.callbacks.ResumableCheckpointCallback` does it while learning.
+
+        :param directory: directory of checkpoints, made if it does not exist; the newest in it is always complete
+        :param keep: checkpoints to keep, the new one included
+        :param torch_generator: state of torch's generator to go on with; None for that of now
+        :return: the new checkpoint
+        :raises OSError: if it cannot be written; checkpoints that were there stay as they were
+        """
+        return save_checkpoint(self, directory, keep, torch_generator)
+
+    @classmethod
+    def resume(cls: type[SelfAGPO], directory: str | pathlib.Path, env: GymEnv | str, **kwargs: Any) -> SelfAGPO:
+        """
+        Make a model that goes on where a checkpoint was saved: ``learn(remaining steps, reset_num_timesteps=False)``.
+
+        Nothing in a checkpoint runs code, other than in the files of ``save`` and ``save_replay_buffer``.
+
+        :param directory: directory of checkpoints, or one of them
+        :param env: environment made as that of the checkpoint was; it is put back to where it was
+        :param kwargs: constructor arguments to change, and those that could not be saved, such as functions
+        :return: the model
+        :raises ValueError: if there is no whole checkpoint that fits, naming what to do
+        """
+        return resume(cls, directory, env, **kwargs)
+
     def _setup_learn(
         self,
         total_timesteps: int,
@@ -650,6 +692,7 @@ class AGPO(OffPolicyAlgorithm):
             "derivative_buffer",
             "_statistics",
             "_acting_noise",
+            "_state_before_rollout",
             "_valid_history",
         ]
 

@@ -159,6 +159,15 @@ class DifferentiableRolloutBuffer:
         """
         self._transitions.append(transition)
 
+    def pending_terminated(self) -> NDArray[np.bool_]:
+        """
+        Which pending transitions ended their episode for good.
+
+        :return: shape ``(n_pending * n_envs,)``, in the order of :meth:`add_derivatives`
+        """
+        pending = self._transitions[self._n_differentiated :]
+        return np.concatenate([transition.terminated for transition in pending])
+
     def add_derivatives(self, derivatives: TransitionDerivatives) -> list[Transition]:
         """
         Store the derivatives of all pending steps.

@@ -49,10 +49,12 @@ def fidelity(panels: Sequence[Panel], path: Path) -> None:
             _draw(right, panel.rows, "parameter_cosine", "parameter_split_half")
             left.set_title(f"{panel.title}: actions", fontsize=10)
             right.set_title("policy parameters", fontsize=10)
-        handles = {line.get_label(): line for ax in axes.flat for line in ax.get_lines()}
+        lines = [line for ax in axes.flat for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+        handles = {line.get_label(): line for line in lines}  # each label once
         figure.legend(handles=list(handles.values()), handlelength=2.8, ncols=3, loc="outside upper center", fontsize=9)
         figure.supxlabel("horizon (steps of the window)", fontsize=11)
-        figure.supylabel("cosine with the reference", fontsize=11)
+        most = max(int(row["windows"]) for panel in panels for row in panel.rows)
+        figure.supylabel(f"cosine with the reference, mean of {most} windows", fontsize=11)
         figure.savefig(path, dpi=RESOLUTION)
 
 
@@ -81,7 +83,7 @@ def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None
                 for row in averaged
                 if (row["method"], row["difference_step"]) == (method, step)
             ]
-            label = f"{method}, step {step}, mean of {most}"
+            label = f"{method}, difference step {step}"
             line = LINES[steps.index(step) % len(LINES)]
             axes.plot(*zip(*sorted(points), strict=True), line, color=color, marker=marker, markersize=4.5, label=label)
     axes.axhline(0.0, color="black", linewidth=0.6)

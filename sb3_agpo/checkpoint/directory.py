@@ -8,6 +8,7 @@ the highest number is the newest. Only after that do older ones go, renamed out 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -68,9 +69,10 @@ def write_checkpoint(directory: Path, data: PlainData, step: int, keep: int) -> 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise explain(error, directory, existing) from error
-    for path in complete_checkpoints(directory)[:-keep]:
-        # Renamed first, as a directory that is half removed must not look like a checkpoint
-        os.replace(path, directory / f"{TEMPORARY}{path.name}")
+    with contextlib.suppress(OSError):  # what cannot be removed now is removed next time
+        for path in complete_checkpoints(directory)[:-keep]:
+            # Renamed first, as a directory that is half removed must not look like a checkpoint
+            os.replace(path, directory / f"{TEMPORARY}{path.name}")
     remove_unfinished(directory)
     return final
 

@@ -72,16 +72,17 @@ class PlainData(NamedTuple):
     arrays: Arrays
 
 
-def encode(value: Any) -> PlainData:
+def encode(value: Any, name: str = "value") -> PlainData:
     """
     Turn a value into plain data.
 
     :param value: any nesting of the types this module knows
+    :param name: what to call it in an error
     :return: the same as structure and arrays; arrays are not copied
     :raises NotPlainError: naming the part that is none of these types
     """
     arrays: Arrays = {}
-    return PlainData(_encode(value, arrays, "it"), arrays)
+    return PlainData(_encode(value, arrays, name), arrays)
 
 
 def is_plain(value: Any) -> bool:
@@ -98,7 +99,7 @@ def is_plain(value: Any) -> bool:
     return True
 
 
-def _encode(value: Any, arrays: Arrays, where: str) -> Any:  # noqa: C901 (one line per type)
+def _encode(value: Any, arrays: Arrays, where: str) -> Any:
     """Structure of a value; its arrays are added to ``arrays``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -241,7 +242,7 @@ def _decode_tagged(structure: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
         return {kind.__name__: kind for kind in ENUMERATIONS}[structure["class"]][structure["name"]]
     if tag == "object":
         kind = {_full_name(kind): kind for kind in OBJECTS}[structure["class"]]
-        instance = object.__new__(kind)
+        instance: Any = object.__new__(kind)
         vars(instance).update(decode(structure["attributes"], arrays))
         return instance
     if tag in ("generator", "random_state", "python_generator"):
@@ -299,7 +300,7 @@ def set_space_generators(space: gym.Space[Any], generators: list[np.random.Gener
     :param generators: as :func:`space_generators` returned them
     """
     for part, generator in zip(_parts(space), generators, strict=True):
-        part._np_random = generator
+        part._np_random = generator  # type: ignore[assignment]
 
 
 def _parts(space: gym.Space[Any]) -> list[gym.Space[Any]]:

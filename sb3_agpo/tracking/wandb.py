@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -20,8 +21,10 @@ from PIL import Image as PillowImage
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import CSVOutputFormat, Figure, Image, KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_agpo.agpo.adaptive_gradient import GateFunction
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.gates import Gate
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 #: environment steps, which everything is drawn against
 STEP = "global_step"
 DEFAULT_PROJECT = "sb3-agpo"
+MAX_BATCHES = 1000  # of a gate's weights between two histograms; the newest are kept
 FIGURES: dict[str, Callable[..., None]] = {
     "figures/learning_curve": learning_curve,
     "figures/gradient_statistics": gradient_statistics,
@@ -85,7 +89,9 @@ def to_wandb(value: Any) -> Any:
         case th.Tensor() | np.ndarray():
             return wandb.Histogram(th.as_tensor(value).flatten().tolist())
         case Figure():
-            return wandb.Image(value.figure)
+            picture = BytesIO()  # wandb's own conversion needs `pyplot`, which chooses a backend for the whole process
+            value.figure.savefig(picture, format="png")
+            return wandb.Image(PillowImage.open(picture))
         case Image(dataformats="HWC"):
             return wandb.Image(np.asarray(value.image))
         case Animation():
@@ -112,29 +118,38 @@ def write_to_tensorboard(output: TensorBoardOutputFormat, values: Mapping[str, A
             output.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
 
 
-class RecordingGate(Gate):
+class GateRecorder:
     """
-    A gate that remembers its weights.
+    Remembers the weights of a model's gate.
 
-    It is saved as the gate inside: a model that is saved while a callback watches it needs no callback to be loaded.
+    The model's class is replaced, not its gate, which files that are saved in the meantime would contain.
 
-    :param gate: where the weights come from
-    :param original: what the algorithm's ``gate`` was, None for its default
+    :param model: the model
     """
 
-    __slots__ = ("gate", "original", "weights")
+    def __init__(self, model: AGPO) -> None:
+        self.model, self.kind = model, type(model)
+        self._weights: dict[int, deque[th.Tensor]] = {}
 
-    def __init__(
-        self, gate: Callable[[th.Tensor, th.Tensor, int], th.Tensor], original: Callable[..., th.Tensor] | None
-    ) -> None:
-        self.gate, self.original = gate, original
-        self.weights: dict[int, list[th.Tensor]] = {}
+        def gate(watched: AGPO) -> GateFunction:
+            return self._recorded(self.kind._gate(watched))
 
-    def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
-        """See :class:`~sb3_agpo.agpo.gates.Gate`."""
-        weights = self.gate(analytic, critic, step)
-        self.weights.setdefault(step, []).append(weights.detach())
-        return weights
+        model.__class__ = type(self.kind.__name__, (self.kind,), {"_gate": gate, "__module__": self.kind.__module__})
+
+    def _recorded(self, gate: GateFunction) -> GateFunction:
+        """
+        Make a gate that is remembered.
+
+        :param gate: the gate
+        :return: one that gives the same weights
+        """
+
+        def recorded(analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
+            weights = gate(analytic, critic, step)
+            self._weights.setdefault(step, deque(maxlen=MAX_BATCHES)).append(weights.detach())
+            return weights
+
+        return recorded
 
     def take(self) -> dict[int, th.Tensor]:
         """
@@ -142,22 +157,13 @@ class RecordingGate(Gate):
 
         :return: step of the window -> weights of all samples
         """
-        taken = {step: th.cat(weights) for step, weights in sorted(self.weights.items())}
-        self.weights = {}
+        taken = {step: th.cat(list(weights)) for step, weights in sorted(self._weights.items())}
+        self._weights.clear()
         return taken
 
-    def __reduce__(self) -> tuple[Callable[[Any], Any], tuple[Any]]:
-        return _itself, (self.original,)
-
-
-def _itself(original: Any) -> Any:
-    """
-    Restore what was saved.
-
-    :param original: it
-    :return: likewise
-    """
-    return original
+    def close(self) -> None:
+        """Give the model its class back."""
+        self.model.__class__ = self.kind
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
@@ -184,8 +190,6 @@ def _plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, RecordingGate):
-        return _plain(value.original)
     if isinstance(value, Gate):
         return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in vars(value).items())})"
     return str(value)
@@ -208,7 +212,8 @@ class AGPOWandbCallback(BaseCallback):
     :param histogram_freq: environment steps between histograms; 0 for none
     :param figure_freq: environment steps between figures, which are also drawn at the end; 0 for none at all
     :param checkpoint_freq: environment steps between checkpoints, one of which is also taken at the end; 0 for none at all
-    :param checkpoint_replay_buffer: put the replay buffer, which can be large, into checkpoints
+    :param resumable_checkpoints: put into checkpoints what :meth:`~sb3_agpo.AGPO.resume` needs, or the replay buffer of
+        another algorithm; this can be large
     :param video_env: environment with ``render_mode="rgb_array"`` to record in; not the one that evaluations use
     :param video_freq: environment steps between videos of one episode, recorded at the end as well
     :param verbose: 0 nothing, 1 information
@@ -222,22 +227,23 @@ class AGPOWandbCallback(BaseCallback):
         histogram_freq: int = 1000,
         figure_freq: int = 10_000,
         checkpoint_freq: int = 0,
-        checkpoint_replay_buffer: bool = False,
+        resumable_checkpoints: bool = False,
         video_env: gym.Env[Any, Any] | VecEnv | None = None,
         video_freq: int = 0,
         verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
         self.run_id, self.run_arguments = run_id, dict(run_arguments or {})
-        self.checkpoint_replay_buffer, self.video_env = checkpoint_replay_buffer, video_env
-        frequencies = {"histogram": histogram_freq, "figure": figure_freq, "checkpoint": checkpoint_freq, "video": video_freq}
+        self.resumable_checkpoints, self.video_env = resumable_checkpoints, video_env
+        frequencies = {"histogram": histogram_freq, "figure": figure_freq, "video": video_freq, "checkpoint": checkpoint_freq}
         for name, frequency in frequencies.items():
             if frequency < 0:
                 raise ValueError(f"`{name}_freq` must be a number of steps, or 0 for never, got {frequency!r}")
         if bool(video_freq) != (video_env is not None):
             raise ValueError(f"videos need both `video_env` and `video_freq`, got {video_env!r} and {video_freq!r}")
-        actions = (self._log_gate, self._log_figures, self._log_checkpoint, self._log_video)
+        actions = (self._log_gate, self._log_figures, self._log_video, self._log_checkpoint)
         self._schedule = [(every, act) for every, act in zip(frequencies.values(), actions, strict=True) if every > 0]
+        self._torch_generator: th.Tensor | None = None
         self._run: Run | None = None
         self._finish_run = False
 
@@ -259,10 +265,8 @@ class AGPOWandbCallback(BaseCallback):
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
-        self._gate = None
-        if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
-            self._gate = RecordingGate(self.model._gate(), self.model.gate)
-            self.model.gate = self._gate
+        gated = isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive"
+        self._gate = GateRecorder(self.model) if gated else None
         self._last = {act: self.num_timesteps for _, act in self._schedule}
 
     def _start_run(self) -> Run:
@@ -285,21 +289,26 @@ class AGPOWandbCallback(BaseCallback):
         self._finish_run = False
         return wandb.run
 
-    def _on_step(self) -> bool:
+    def _on_rollout_start(self) -> None:
+        # The only moment of training at which nothing is half done: a checkpoint can be resumed from it
+        self._torch_generator = getattr(self.model, "_state_before_rollout", None)
         for every, act in self._schedule:
-            if self.num_timesteps - self._last[act] >= every:
-                self._last[act] = self.num_timesteps
+            if self.model.num_timesteps - self._last[act] >= every:
+                self._last[act] = self.num_timesteps = self.model.num_timesteps
                 act()
+
+    def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
         if self._run is None:  # the zoo ends its first callback a second time
             return
+        self._torch_generator = None
         for _, act in self._schedule:
             if self._last[act] < self.num_timesteps:
                 act()
-        if self._gate is not None and isinstance(self.model, AGPO):
-            self.model.gate = self._gate.original
+        if self._gate is not None:
+            self._gate.close()
         for output in self._own_outputs:
             self.logger.output_formats.remove(output)
             output.close()
@@ -351,7 +360,9 @@ class AGPOWandbCallback(BaseCallback):
             normalization = self.model.get_vec_normalize_env()
             if normalization is not None:
                 normalization.save(str(Path(folder) / "vecnormalize.pkl"))
-            if self.checkpoint_replay_buffer and hasattr(self.model, "save_replay_buffer"):
+            if self.resumable_checkpoints and isinstance(self.model, AGPO):
+                self.model.save_checkpoint(Path(folder) / "resumable", torch_generator=self._torch_generator)
+            elif self.resumable_checkpoints and isinstance(self.model, OffPolicyAlgorithm):
                 self.model.save_replay_buffer(Path(folder) / "replay_buffer.pkl")
             artifact.add_dir(folder)
         self._run.log_artifact(artifact, aliases=["latest", f"step-{self.num_timesteps}"])

@@ -99,6 +99,22 @@ class Episodes:
             if wrapper._elapsed_steps is not None:  # None before the first reset
                 wrapper._elapsed_steps = int(self._lengths[index])
 
+    def get_state(self) -> dict[str, Any]:
+        """
+        Read the counters.
+
+        :return: their values
+        """
+        return {"lengths": self._lengths.copy(), "returns": self._returns.copy(), "n_steps": self._n_steps}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """
+        Put the counters back.
+
+        :param state: as :meth:`get_state` returned it
+        """
+        self._lengths[:], self._returns[:], self._n_steps = state["lengths"], state["returns"], state["n_steps"]
+
 
 def _time_limits(env: gym.Env[Any, Any]) -> list[TimeLimit[Any, Any]]:
     """The time limits among the wrappers of an environment."""

@@ -15,6 +15,7 @@ from stable_baselines3.common.env_util import is_wrapped
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
+from sb3_agpo.checkpoint.environment import capture_environment, restore_environment
 from sb3_agpo.dynamics.interface import Array
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import ProviderReport, StepRecords, choose_dynamics
@@ -246,6 +247,32 @@ class MujocoVecEnv(VecEnv):
         recorder = BatchRecorder(self._envs[0], dynamics, report)
         self._recorder = weakref.ref(recorder)
         return recorder, report
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def get_checkpoint_state(self) -> dict[str, Any]:
+        """
+        Read the state of all environments, see :mod:`sb3_agpo.checkpoint.vec_environment`.
+
+        :return: the state, as plain data
+        """
+        environments = [capture_environment(env) for env in self._target_envs(None)]
+        return {"environments": environments, "episodes": self._episodes.get_state()}
+
+    def set_checkpoint_state(self, state: dict[str, Any]) -> list[str]:
+        """
+        Put all environments where those of another object were.
+
+        :param state: as :meth:`get_checkpoint_state` returned it
+        :return: in words, what may differ all the same
+        :raises ValueError: if it is the state of other environments
+        """
+        if not isinstance(state, dict) or len(state.get("environments", ())) != self.num_envs:
+            raise ValueError(f"the checkpoint is not that of a {type(self).__name__} with {self.num_envs} environments")
+        restored = [restore_environment(*pair) for pair in zip(self._envs, state["environments"], strict=True)]
+        self._episodes.set_state(state["episodes"])
+        self._simulation.read()
+        return sorted({note for notes in restored for note in notes})
 
     # ------------------------------------------------------------------ single environments
 

@@ -1,0 +1,394 @@
+"""
+Checkpoints of AGPO that a run goes on from bit for bit: what is saved of a model, and how it is put back.
+
+Files and environments are the matter of :mod:`sb3_agpo.checkpoint`. What cannot be saved as plain data (a function for a
+schedule, a policy class of the user's own) has to be given to ``resume`` again, which says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.save_util import recursive_getattr, recursive_setattr
+from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from sb3_agpo.__about__ import __version__
+from sb3_agpo.checkpoint.directory import find_checkpoint, read_checkpoint, write_checkpoint
+from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
+from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
+
+if TYPE_CHECKING:
+    from sb3_agpo.agpo.agpo import AGPO
+
+AGPOType = TypeVar("AGPOType", bound="AGPO")
+State = dict[str, Any]
+
+#: constructor arguments that are given anew on resuming
+GIVEN_ANEW = ("self", "policy", "env", "device", "_init_setup_model")
+#: replay buffer classes that SB3 chooses by itself
+AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
+#: attributes of a model that are saved in another way, made anew, or belong to one call of ``learn``
+NOT_ATTRIBUTES = (
+    "policy",
+    "policy_class",
+    "actor",
+    "critic",
+    "critic_target",
+    "log_ent_coef",
+    "ent_coef_tensor",
+    "ent_coef_optimizer",
+    "batch_norm_stats",
+    "batch_norm_stats_target",
+    "lr_schedule",
+    "critic_lr_schedule",
+    "replay_buffer",
+    "rollout_buffer",
+    "derivative_buffer",
+    "env",
+    "dynamics",
+    "provider_report",
+    "_vec_normalize_env",
+    "observation_space",
+    "action_space",
+    "n_envs",
+    "device",
+    "_logger",
+    "_custom_logger",
+    "_statistics",
+    "_state_before_rollout",
+    "start_time",
+)
+#: attributes of buffers that are no experience
+NOT_EXPERIENCE = ("device", "env", "observation_space", "action_space")
+
+
+def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_generator: th.Tensor | None = None) -> Path:
+    """
+    Add a checkpoint to a directory; the last one stays until the new one is complete.
+
+    To be called between two calls of ``learn`` or when a rollout begins, not in the middle of one.
+
+    :param model: the model
+    :param directory: directory of checkpoints, made if it does not exist
+    :param keep: checkpoints to keep, the new one included
+    :param torch_generator: state of torch's generator to go on with; None for that of now
+    :return: the new checkpoint
+    :raises ValueError: if ``keep`` is not positive, or the model has no environment
+    :raises OSError: if it cannot be written; checkpoints that were there stay as they were
+    """
+    if keep < 1:
+        raise ValueError(f"`keep` must be at least 1, got {keep!r}")
+    if model.env is None:
+        raise ValueError("a model without environment has no run to go on with; call `set_env`, or use `save`")
+    return write_checkpoint(Path(directory), encode(capture_model(model, torch_generator), "model"), model.num_timesteps, keep)
+
+
+def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwargs: Any) -> AGPOType:
+    """
+    Make a model that goes on where a checkpoint was saved.
+
+    :param cls: class of the model
+    :param directory: directory of checkpoints, or one of them
+    :param env: environment made as that of the checkpoint was; it is put back to where it was
+    :param kwargs: constructor arguments to change, and those that could not be saved
+    :return: the model; call ``learn(..., reset_num_timesteps=False)``
+    :raises ValueError: if there is no checkpoint, it is damaged or of another version, the environment does not fit, or an
+        argument that could not be saved is missing
+    """
+    checkpoint = find_checkpoint(Path(directory))
+    data = read_checkpoint(checkpoint)
+    try:
+        state = decode(data.structure, data.arrays)
+        arguments = {**state["arguments"], **kwargs}
+        missing = sorted(set(state["to_be_given"]) - set(kwargs))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the checkpoint {checkpoint} is not that of a model ({error!r})") from error
+    if missing:
+        names = ", ".join(f"{name}=..." for name in missing)
+        raise ValueError(
+            f"the checkpoint {checkpoint} could not hold {missing}; give them again: resume(directory, env, {names})"
+        )
+    model = cls(arguments.pop("policy"), env, **arguments)
+    check_same_task(model, state["task"])
+    restore_model(model, state)
+    return model
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> State:
+    """
+    Everything that the rest of a run depends on.
+
+    :param model: the model
+    :param torch_generator: state of torch's generator, None for that of now
+    :return: the state, made of what plain data can hold
+    """
+    assert model.env is not None and model.replay_buffer is not None
+    arguments, to_be_given = capture_arguments(model)
+    attributes, left_out = capture_attributes(model)
+    return {
+        "package_version": __version__,
+        "arguments": arguments,
+        "to_be_given": to_be_given,
+        "task": describe_task(model),
+        "attributes": attributes,
+        "left_out": left_out,
+        "parameters": model.get_parameters(),
+        "variables": {name: recursive_getattr(model, name) for name in model._get_torch_save_params()[1]},
+        "replay_buffer": capture_replay_buffer(model.replay_buffer),
+        "rollout_buffer": _without_device(model.rollout_buffer),
+        "derivative_buffer": _without_device(model.derivative_buffer),
+        "records": list(model.dynamics.get_records()) if model.dynamics is not None else [],
+        "derivative_calls": model.dynamics.simulator_calls if model.dynamics is not None else 0,
+        "environment": capture_vec_environment(model.env),
+        "generators": capture_generators(model, torch_generator),
+    }
+
+
+def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
+    """
+    Arguments that make the same model again.
+
+    :param model: the model
+    :return: those that plain data can hold, and the names of the others
+    """
+    arguments: State = {"policy": model.policy_class}
+    for name in inspect.signature(type(model).__init__).parameters:
+        if name not in GIVEN_ANEW and (hasattr(model, name) or hasattr(model, f"_{name}")):
+            value = getattr(model, name) if hasattr(model, name) else getattr(model, f"_{name}")
+            arguments[name] = str(value) if isinstance(value, Path) else value
+    frequency = model.train_freq
+    if isinstance(frequency, TrainFreq):
+        arguments["train_freq"] = (frequency.frequency, frequency.unit.value)
+    if model.replay_buffer_class in AUTOMATIC_BUFFERS:
+        arguments["replay_buffer_class"] = None
+        added = ("n_steps", "gamma") if model.n_steps > 1 else ()
+        arguments["replay_buffer_kwargs"] = {k: v for k, v in model.replay_buffer_kwargs.items() if k not in added}
+    to_be_given = [name for name, value in arguments.items() if not is_plain(value)]
+    return {name: value for name, value in arguments.items() if name not in to_be_given}, to_be_given
+
+
+def capture_attributes(model: AGPO) -> tuple[State, list[str]]:
+    """
+    Counters, statistics and whatever else a model keeps in plain attributes.
+
+    :param model: the model
+    :return: the attributes, and the names of those that plain data cannot hold
+    """
+    arguments = inspect.signature(type(model).__init__).parameters
+    own = {
+        name: value
+        for name, value in vars(model).items()
+        if name not in NOT_ATTRIBUTES and name not in arguments and name.removeprefix("_") not in arguments
+    }
+    # The networks learn in place: a tensor put back as a new object would be another one than the optimiser's
+    left_out = [name for name, value in own.items() if isinstance(value, th.Tensor) or not is_plain(value)]
+    return {name: value for name, value in own.items() if name not in left_out}, left_out
+
+
+def capture_replay_buffer(buffer: ReplayBuffer) -> State:
+    """
+    The experience in a replay buffer; memory that is not in use yet is left out.
+
+    :param buffer: the buffer
+    :return: its attributes
+    """
+    # One more than written: with `optimize_memory_usage` the next observation is where the next transition will be
+    used = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
+    memory = (buffer.buffer_size, buffer.n_envs)
+
+    def in_use(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: in_use(item) for key, item in value.items()}
+        return value[:used] if isinstance(value, np.ndarray) and value.shape[:2] == memory else value
+
+    state = {name: in_use(value) for name, value in vars(buffer).items() if name not in NOT_EXPERIENCE}
+    if isinstance(buffer, HerReplayBuffer):
+        if buffer.copy_info_dict:
+            raise ValueError("`infos` of a HerReplayBuffer with copy_info_dict=True cannot be saved; use copy_info_dict=False")
+        del state["infos"]  # empty
+    return {name: value for name, value in state.items() if is_plain(value)}
+
+
+def _without_device(buffer: Any) -> State:
+    state: State = dict(buffer.__getstate__())
+    state.pop("device", None)
+    return state
+
+
+def capture_generators(model: AGPO, torch_generator: th.Tensor | None) -> State:
+    """
+    All sources of random numbers except those of the environments.
+
+    :param model: the model
+    :param torch_generator: state of torch's generator, None for that of now
+    :return: their states
+    """
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": th.get_rng_state() if torch_generator is None else torch_generator,
+        "cuda": th.cuda.get_rng_state_all() if model.device.type == "cuda" else [],
+        "action_space": space_generators(model.action_space),
+    }
+
+
+def describe_task(model: AGPO) -> State:
+    """
+    What must be equal in the environment of a resumed run.
+
+    :param model: the model
+    :return: its spaces and the number of environments, in words and numbers
+    """
+    return {
+        "observation space": repr(model.observation_space),
+        "action space": repr(model.action_space),
+        "number of environments": model.n_envs,
+    }
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def check_same_task(model: AGPO, task: State) -> None:
+    """
+    Refuse another task than the checkpoint's.
+
+    :param model: the new model
+    :param task: as :func:`describe_task` returned it
+    :raises ValueError: naming what differs
+    """
+    for name, value in describe_task(model).items():
+        if value != task[name]:
+            raise ValueError(
+                f"the {name} of the environment is {value}, that of the checkpoint is {task[name]}; pass an environment like "
+                "the one that was trained in, or use `load` to train in another one"
+            )
+
+
+def restore_model(model: AGPO, state: State) -> None:
+    """
+    Put a new model where another one was.
+
+    :param model: made with the same arguments
+    :param state: as :func:`capture_model` returned it
+    """
+    assert model.env is not None and model.replay_buffer is not None
+    restore_networks(model, state)
+    restore_replay_buffer(model.replay_buffer, state["replay_buffer"])
+    vars(model).update(state["attributes"])
+    for buffer, own in ((model.rollout_buffer, "rollout_buffer"), (model.derivative_buffer, "derivative_buffer")):
+        _restore_buffer(buffer, state[own])
+    notes = restore_vec_environment(model.env, state["environment"])
+    if model.dynamics is not None:
+        model.dynamics.simulator_calls = state["derivative_calls"]
+        model.dynamics.set_records(state["records"])
+        model.dynamics.pause()
+    if notes is None:
+        begin_new_episodes(model)
+        notes = [f"the environments begin new episodes, as {state['environment']['reason']}"]
+    notes += [f"{name} could not be saved" for name in state["left_out"]]
+    if notes:
+        warnings.warn(f"The resumed run will not go on bit for bit: {'; '.join(notes)}", stacklevel=4)
+    restore_generators(model, state["generators"])
+
+
+def restore_networks(model: AGPO, state: State) -> None:
+    """
+    Put networks, optimisers and temperature back.
+
+    :param model: the model
+    :param state: as :func:`capture_model` returned it
+    :raises ValueError: if the networks have other sizes
+    """
+    try:
+        model.set_parameters(state["parameters"], exact_match=True, device=model.device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the networks differ from those of the checkpoint; do not change `policy_kwargs` ({error})"
+        ) from error
+    for name, value in state["variables"].items():
+        # The tensor itself stays, as the optimiser holds it
+        recursive_setattr(model, f"{name}.data", value.to(model.device))
+
+
+def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
+    """
+    Put the experience back.
+
+    :param buffer: an empty replay buffer of the same sizes
+    :param state: as :func:`capture_replay_buffer` returned it
+    :raises ValueError: if the sizes differ
+    """
+    size = state["buffer_size"]
+    if size != buffer.buffer_size:
+        raise ValueError(
+            f"the replay buffer has room for {buffer.buffer_size} steps, that of the checkpoint had for {size}; "
+            "do not change `buffer_size`"
+        )
+    for name, value in state.items():
+        current = getattr(buffer, name, None)
+        if isinstance(value, dict) and isinstance(current, dict):
+            for key, item in value.items():
+                current[key] = _filled(current.get(key), item)
+        else:
+            setattr(buffer, name, _filled(current, value))
+
+
+def _filled(memory: Any, value: Any) -> Any:
+    """``memory`` with ``value`` at its beginning, or ``value`` itself where it is no part of an array."""
+    if (
+        isinstance(value, np.ndarray)
+        and isinstance(memory, np.ndarray)
+        and memory.shape[1:] == value.shape[1:]
+        and memory.ndim
+    ):
+        memory[: len(value)] = value
+        return memory
+    return value
+
+
+def _restore_buffer(buffer: Any, state: State) -> None:
+    if hasattr(type(buffer), "__setstate__"):
+        buffer.__setstate__(state)
+    else:
+        vars(buffer).update(state)
+
+
+def begin_new_episodes(model: AGPO) -> None:
+    """
+    Make an end of the episodes that cannot be gone on with.
+
+    :param model: the model, whose environment has been reset
+    """
+    model._last_obs = None  # `learn` resets the environment, and drops steps that wait for their derivatives
+    buffer = model.replay_buffer
+    if isinstance(buffer, HerReplayBuffer):
+        buffer.truncate_last_trajectory()
+    elif buffer is not None and buffer.optimize_memory_usage:
+        buffer.dones[(buffer.pos - 1) % buffer.buffer_size] = True
+
+
+def restore_generators(model: AGPO, state: State) -> None:
+    """
+    Put all sources of random numbers back. Last of all, as making a model uses them.
+
+    :param model: the model
+    :param state: as :func:`capture_generators` returned it
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    th.set_rng_state(state["torch"])
+    if state["cuda"] and model.device.type == "cuda":
+        th.cuda.set_rng_state_all(state["cuda"])
+    set_space_generators(model.action_space, state["action_space"])

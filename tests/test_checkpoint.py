@@ -1,0 +1,352 @@
+"""Checkpoints: a resumed run equals an uninterrupted one bit for bit, and no failure harms the last one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_run
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from small_models import RandomEnv, parameters_equal, small_model
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.callbacks import EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
+from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
+
+from sb3_agpo import AGPO
+from sb3_agpo.agpo.checkpoint import capture_attributes
+from sb3_agpo.agpo.gates import VarianceSwitch
+from sb3_agpo.checkpoint.directory import complete_checkpoints
+from sb3_agpo.dynamics.mujoco import FiniteDifferences
+from sb3_agpo.dynamics.torch_tasks import TorchPendulum
+from sb3_agpo.tracking.callbacks import ResumableCheckpointCallback
+from sb3_agpo.vec_env import MujocoVecEnv
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ---------------------------------------------------------------------- bit for bit
+
+MakeEnv = Callable[[], Any]
+RUNS: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
+    "mujoco": (lambda: make_vec_env("InvertedPendulum-v5", 1), {}),
+    "many": (lambda: make_vec_env("HalfCheetah-v5", 3), {}),
+    "stale_readings": (lambda: make_vec_env("Ant-v5", 1), {}),
+    "no_derivatives": (lambda: "Pendulum-v1", {}),
+    "exact_derivatives": (lambda: gym.wrappers.TimeLimit(TorchPendulum(), 30), {}),
+    "mujoco_vec_env": (lambda: MujocoVecEnv("Hopper-v5", 2), {}),
+    "mujoco_vec_env_full": (lambda: MujocoVecEnv("Reacher-v5", 2, full_info=True, max_episode_steps=20), {}),
+    "vec_normalize": (lambda: VecNormalize(make_vec_env("InvertedPendulum-v5", 2)), {}),
+    "vec_wrappers": (lambda: VecMonitor(VecFrameStack(make_vec_env("InvertedPendulum-v5", 2), 2)), {}),
+    "sde": (lambda: make_vec_env("InvertedPendulum-v5", 2), {"use_sde": True, "sde_sample_freq": 4}),
+    "n_steps": (lambda: make_vec_env("InvertedPendulum-v5", 1), {"n_steps": 3}),
+    "schedules": (
+        lambda: make_vec_env("InvertedPendulum-v5", 1),
+        {"learning_rate": LinearSchedule(1e-3, 1e-5, 1.0), "critic_learning_rate": LinearSchedule(1e-2, 1e-4, 0.5)},
+    ),
+    "objects": (
+        lambda: make_vec_env("InvertedPendulum-v5", 2),
+        {
+            "gate": VarianceSwitch(3.0),
+            "action_noise": NormalActionNoise(np.zeros(1), 0.1 * np.ones(1)),
+            "finite_differences": FiniteDifferences(position_step=1e-2),
+            "ent_coef": 0.1,
+            "policy_kwargs": {"optimizer_class": th.optim.AdamW, "features_extractor_class": FlattenExtractor},
+        },
+    ),
+    "full_buffer": (lambda: make_vec_env("InvertedPendulum-v5", 1), {"buffer_size": 40}),
+    "memory_saving_buffer": (
+        lambda: make_vec_env("InvertedPendulum-v5", 1),
+        {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}, "buffer_size": 40},
+    ),
+    "dict": (lambda: SimpleMultiObsEnv(discrete_actions=False), {"policy": "MultiInputPolicy", "buffer_size": 60}),
+    "her": (
+        lambda: make_vec_env(lambda: BitFlippingEnv(4, continuous=True, max_steps=4), 2),
+        {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"copy_info_dict": False}},
+    ),
+    "sampled_spaces": (lambda: RandomEnv(spaces.Box(-1.0, 1.0, (3,), np.float64)), {}),
+}
+
+
+def run_and_resume(make_env: MakeEnv, options: dict[str, Any], directory: Path, steps: int = 90) -> tuple[AGPO, AGPO]:
+    """A run without checkpoints, and the same run resumed from the first checkpoint of a third one."""
+    whole = small_model(make_env(), **options).learn(steps)
+    small_model(make_env(), **options).learn(steps, callback=ResumableCheckpointCallback(directory, 40, keep=9))
+    resumed = AGPO.resume(complete_checkpoints(directory)[0], make_env())
+    assert 40 <= resumed.num_timesteps < 60
+    resumed.learn(steps - resumed.num_timesteps, reset_num_timesteps=False)
+    return whole, resumed
+
+
+def assert_equal_runs(whole: AGPO, resumed: AGPO) -> None:
+    """Networks, optimisers, experience and counters are equal."""
+    assert parameters_equal(whole, resumed)
+    for name in ("num_timesteps", "_n_updates", "_episode_num", "_current_progress_remaining", "simulator_calls"):
+        assert getattr(whole, name) == getattr(resumed, name), name
+    assert whole.replay_buffer is not None and resumed.replay_buffer is not None
+    for name in ("actions", "rewards", "dones", "timeouts"):
+        assert np.array_equal(getattr(whole.replay_buffer, name), getattr(resumed.replay_buffer, name)), name
+    assert whole.derivative_buffer.size == resumed.derivative_buffer.size
+    returns = [[episode["r"] for episode in model.ep_info_buffer or ()] for model in (whole, resumed)]
+    assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize(("make_env", "options"), RUNS.values(), ids=RUNS)
+def test_resumed_run_equals_uninterrupted_one(make_env: MakeEnv, options: dict[str, Any], tmp_path: Path) -> None:
+    whole, resumed = run_and_resume(make_env, options, tmp_path)
+    assert whole._n_updates > 10
+    assert_equal_runs(whole, resumed)
+    assert capture_attributes(resumed)[1] == []  # nothing of a model is left out
+
+
+def test_worker_processes(tmp_path: Path) -> None:
+    environments: list[VecEnv] = []
+
+    def make_env() -> VecEnv:
+        environments.append(make_vec_env("InvertedPendulum-v5", 2, vec_env_cls=SubprocVecEnv))
+        return environments[-1]
+
+    assert_equal_runs(*run_and_resume(make_env, {}, tmp_path))
+    for env in environments:
+        env.close()
+
+
+def test_resume_before_learning_starts_and_between_two_calls(tmp_path: Path) -> None:
+    whole = small_model("InvertedPendulum-v5").learn(10)
+    whole.save_checkpoint(tmp_path / "early")
+    whole.learn(40, reset_num_timesteps=False)
+    whole.save_checkpoint(tmp_path / "late")
+    whole.learn(40, reset_num_timesteps=False)
+    for name in ("early", "late"):
+        resumed = AGPO.resume(tmp_path / name, "InvertedPendulum-v5")
+        while resumed.num_timesteps < whole.num_timesteps:
+            resumed.learn(40, reset_num_timesteps=False)
+        assert_equal_runs(whole, resumed)
+
+
+def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
+    """From one checkpoint to the next through several processes' worth of models."""
+    whole = small_model(make_vec_env("InvertedPendulum-v5", 2)).learn(160)
+    small_model(make_vec_env("InvertedPendulum-v5", 2)).learn(40, callback=ResumableCheckpointCallback(tmp_path, 1000))
+    for _ in range(3):
+        model = AGPO.resume(tmp_path, make_vec_env("InvertedPendulum-v5", 2))
+        model.learn(40, callback=ResumableCheckpointCallback(tmp_path, 1000), reset_num_timesteps=False)
+    assert_equal_runs(whole, model)
+
+
+def test_user_may_change_arguments(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5").learn(40).save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "InvertedPendulum-v5", learning_rate=1e-5, batch_size=8, verbose=0, device="cpu")
+    resumed.learn(20, reset_num_timesteps=False)
+    assert resumed.batch_size == 8
+    assert resumed.actor.optimizer.param_groups[0]["lr"] == 1e-5
+
+
+# ---------------------------------------------------------------------- what cannot be saved
+
+
+class OwnExtractor(FlattenExtractor):
+    """A class of the user's own."""
+
+
+def test_arguments_that_must_be_given_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "learning_rate": lambda left: 1e-3 * left,
+        "policy_kwargs": {"features_extractor_class": OwnExtractor, "net_arch": [16]},
+    }
+    whole = small_model("InvertedPendulum-v5", **options).learn(90)
+    callback = ResumableCheckpointCallback(tmp_path, 40, keep=9)
+    small_model("InvertedPendulum-v5", **options).learn(90, callback=callback)
+    first = complete_checkpoints(tmp_path)[0]
+    with pytest.raises(ValueError, match=r"give them again: resume\(directory, env, learning_rate=..., policy_kwargs=...\)"):
+        AGPO.resume(first, "InvertedPendulum-v5")
+    resumed = AGPO.resume(first, "InvertedPendulum-v5", **options)
+    resumed.learn(90 - resumed.num_timesteps, reset_num_timesteps=False)
+    assert_equal_runs(whole, resumed)
+
+
+class Opaque:
+    """Something that cannot be saved."""
+
+
+class UnsavableEnv(RandomEnv):
+    """Keeps its state in an object, as environments with a foreign physics engine do."""
+
+    def __init__(self) -> None:
+        super().__init__(spaces.Box(-1.0, 1.0, (3,), np.float32))
+        self.world = Opaque()
+
+
+class SavableEnv(UnsavableEnv):
+    """The same, with methods that save and restore it."""
+
+    def get_checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "generator": self.np_random,
+            "spaces": [self.observation_space._np_random, self.action_space._np_random],
+        }
+
+    def set_checkpoint_state(self, state: dict[str, Any]) -> None:
+        self.steps, self._np_random = state["steps"], state["generator"]
+        self.observation_space._np_random, self.action_space._np_random = state["spaces"]
+
+
+def test_environment_that_cannot_be_saved_begins_new_episodes(tmp_path: Path) -> None:
+    small_model(UnsavableEnv()).learn(45).save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match=r"new episodes, as UnsavableEnv.world is a Opaque, which cannot be saved; offer"):
+        resumed = AGPO.resume(tmp_path, UnsavableEnv())
+    resumed.learn(45, reset_num_timesteps=False)
+    assert resumed.num_timesteps == 90
+
+
+def test_environment_that_saves_itself(tmp_path: Path) -> None:
+    assert_equal_runs(*run_and_resume(SavableEnv, {}, tmp_path))
+
+
+class WrapperWithObject(gym.Wrapper[Any, Any, Any, Any]):
+    """A wrapper of the user's own whose state is out of reach."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.memory = Opaque()
+
+
+def test_wrapper_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    small_model(WrapperWithObject(gym.make("Pendulum-v1"))).learn(45).save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="not go on bit for bit: WrapperWithObject.memory is a Opaque"):
+        resumed = AGPO.resume(tmp_path, WrapperWithObject(gym.make("Pendulum-v1")))
+    assert resumed._last_obs is not None
+
+
+def test_changed_simulator_is_noticed(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path)
+    env = gym.make("InvertedPendulum-v5")
+    env.unwrapped.model.opt.gravity[2] = -1.0  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="the simulator's model of InvertedPendulumEnv has changed"):
+        AGPO.resume(tmp_path, env)
+
+
+# ---------------------------------------------------------------------- errors
+
+
+@pytest.fixture(scope="module")
+def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    small_model(make_vec_env("InvertedPendulum-v5", 2)).learn(40).save_checkpoint(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("make_env", "options", "message"),
+    [
+        (lambda: make_vec_env("InvertedPendulum-v5", 3), {}, "the number of environments of the environment is 3"),
+        (lambda: make_vec_env("Pendulum-v1", 2), {}, "observation space .* use `load` to train in another one"),
+        (lambda: make_vec_env("Reacher-v5", 2), {}, "observation space"),
+        (lambda: VecNormalize(make_vec_env("InvertedPendulum-v5", 2)), {}, r"wrappers .*\['VecNormalize'\].* \[\]"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2, wrapper_class=WrapperWithObject),
+            {},
+            "make it with the same wrappers",
+        ),
+        (lambda: MujocoVecEnv("InvertedPendulum-v5", 2), {}, "is not that of a MujocoVecEnv"),
+        (lambda: make_vec_env("InvertedPendulum-v5", 2), {"buffer_size": 100}, "do not change `buffer_size`"),
+        (lambda: make_vec_env("InvertedPendulum-v5", 2), {"policy_kwargs": {"net_arch": [4]}}, "`policy_kwargs`"),
+    ],
+)
+def test_wrong_environment_or_argument(make_env: MakeEnv, options: dict[str, Any], message: str, _checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        AGPO.resume(_checkpoint, make_env(), **options)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="no checkpoint in"):
+            AGPO.resume(path, "Pendulum-v1")
+
+
+def test_nothing_to_save(tmp_path: Path) -> None:
+    model = small_model("Pendulum-v1")
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="call `set_env`"):
+        AGPO.load(tmp_path / "model").save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="`keep` must be at least 1"):
+        model.save_checkpoint(tmp_path, keep=0)
+
+
+def test_her_with_infos_is_refused(tmp_path: Path) -> None:
+    model = small_model(
+        BitFlippingEnv(4, continuous=True),
+        "MultiInputPolicy",
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs={"copy_info_dict": True},
+    ).learn(30)
+    with pytest.raises(ValueError, match="copy_info_dict"):
+        model.save_checkpoint(tmp_path)
+
+
+# ---------------------------------------------------------------------- the callback
+
+
+def test_callback_saves_and_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_model("Pendulum-v1").learn(100, callback=ResumableCheckpointCallback(tmp_path, 30, keep=2, verbose=1))
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["000003-step-90", "000004-step-100"]
+    assert capsys.readouterr().out.count("Saved the checkpoint") == 4
+    small_model("Pendulum-v1").learn(50, callback=ResumableCheckpointCallback(tmp_path, 30))
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["000006-step-50"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000006-step-50"]
+
+
+def test_callback_arguments(tmp_path: Path) -> None:
+    for name in ("save_freq", "keep"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1"):
+            ResumableCheckpointCallback(tmp_path, **{"save_freq": 1, "keep": 1, name: 0})
+    with pytest.raises(TypeError, match="CheckpointCallback"):
+        SAC("MlpPolicy", "Pendulum-v1", buffer_size=10).learn(1, callback=ResumableCheckpointCallback(tmp_path, 10))
+
+
+def test_callback_among_others(tmp_path: Path) -> None:
+    """Inside other callbacks it works as well, and a stopped run can be resumed."""
+    callbacks = [ResumableCheckpointCallback(tmp_path, 20), EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path / "x", 5))]
+    model = small_model("InvertedPendulum-v5").learn(50, callback=[*callbacks])
+    assert AGPO.resume(tmp_path, "InvertedPendulum-v5").num_timesteps == model.num_timesteps
+
+
+# ---------------------------------------------------------------------- killed processes
+
+
+def test_killed_processes_end_where_an_uninterrupted_run_ends(tmp_path: Path) -> None:
+    """The run is killed with SIGKILL at random moments and started again, each time as a new process."""
+    whole = small_model(checkpoint_run.make_env()).learn(checkpoint_run.STEPS)
+    directory, generator = tmp_path / "checkpoints", random.Random(time.time_ns())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, checkpoint_run.__file__, str(directory)]
+    starts: list[int] = []
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            starts.append(int(process.stdout.readline().removeprefix("at ")))
+            time.sleep(generator.uniform(0.05, 1.0))
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL or starts[-1] == checkpoint_run.STEPS or process.returncode == 0
+    assert starts[0] == 0 and starts == sorted(starts)
+    assert_equal_runs(whole, checkpoint_run.run(directory))
