@@ -47,15 +47,20 @@ def fidelity(panels: Sequence[Panel], path: Path) -> None:
         for panel, (left, right) in zip(panels, axes, strict=True):
             _draw(left, panel.rows, "action_cosine", "split_half")
             _draw(right, panel.rows, "parameter_cosine", "parameter_split_half")
-            left.set_title(f"{panel.title}: actions", fontsize=10)
-            right.set_title("policy parameters", fontsize=10)
+            left.set_title(panel.title.replace(" (", "\n("), fontsize=10, loc="left")  # in two lines
+            left.set_ylabel("cosine, actions")
+            right.set_ylabel("cosine, policy parameters")
         lines = [line for ax in axes.flat for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
         handles = {line.get_label(): line for line in lines}  # each label once
         figure.legend(handles=list(handles.values()), handlelength=2.8, ncols=3, loc="outside upper center", fontsize=9)
-        figure.supxlabel("horizon (steps of the window)", fontsize=11)
         most = max(int(row["windows"]) for panel in panels for row in panel.rows)
-        figure.supylabel(f"cosine with the reference, mean of {most} windows", fontsize=11)
+        figure.supxlabel(f"horizon: steps of a window; gradients are means of {most} windows from each state", fontsize=11)
         figure.savefig(path, dpi=RESOLUTION)
+
+
+def _value(text: str) -> float:
+    """Read a number of the CSV file; empty is what is not known."""
+    return float(text or "nan")
 
 
 def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None:
@@ -67,11 +72,11 @@ def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None
     :param column: the cosine
     :param split_half: column of the agreement between the reference's halves
     """
-    ceiling = ReferenceQuality.attainable(float(rows[0][split_half]))
+    ceiling = ReferenceQuality.attainable(_value(rows[0][split_half]))
     axes.axhline(ceiling, color=REFERENCE_COLOR, linestyle=":", label="a perfect estimate")
     for row in rows:
         if row["method"] == CRITIC:
-            axes.axhline(float(row[column]), color=CRITIC_COLOR, label="critic")
+            axes.axhline(_value(row[column]), color=CRITIC_COLOR, label="critic")
     most = max(int(row["windows"]) for row in rows)
     averaged = [row for row in rows if int(row["windows"]) == most and row["method"] != CRITIC]
     steps = list(dict.fromkeys(row["difference_step"] for row in averaged))
@@ -79,7 +84,7 @@ def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None
         color, marker = STYLES[method]
         for step in steps:
             points = [
-                (int(row["horizon"]), float(row[column]))
+                (int(row["horizon"]), _value(row[column]))
                 for row in averaged
                 if (row["method"], row["difference_step"]) == (method, step)
             ]

@@ -58,9 +58,9 @@ class ReferenceQuality(NamedTuple):
         The cosine that a perfect estimate would have with the reference, which is noisy itself (Spearman and Brown).
 
         :param split_half: cosine between the halves
-        :return: in [0, 1]; 0 if the halves contradict each other
+        :return: in [0, 1]; 0 if the halves contradict each other, or if there is no gradient
         """
-        return float(np.sqrt(max(0.0, 2.0 * split_half / (1.0 + split_half)))) if split_half > -1.0 else 0.0
+        return float(np.sqrt(2.0 * split_half / (1.0 + split_half))) if split_half > 0.0 else 0.0
 
 
 class Agreement(NamedTuple):

@@ -53,7 +53,7 @@ COLUMNS = (
     "rollout_steps",
     "sigma",
     "simulator_calls",  # environment steps that the estimate took, differences included
-    "seconds",  # that it took
+    "seconds",  # that it took, the differences counted as if no other estimator shared them
     "reference_simulator_calls",
     "reference_seconds",
     *VERSION_COLUMNS,

@@ -265,8 +265,9 @@ class AGPOWandbCallback(BaseCallback):
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
-        gated = isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive"
-        self._gate = GateRecorder(self.model) if gated else None
+        self._gate: GateRecorder | None = None
+        if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
+            self._gate = GateRecorder(self.model)
         self._last = {act: self.num_timesteps for _, act in self._schedule}
 
     def _start_run(self) -> Run:
