@@ -53,10 +53,10 @@ from sb3_agpo.dynamics.recorder import (
     choose_dynamics,
     find_recorder,
     install_recorder,
-    opaque_wrapper,
     remove_recorder,
 )
 from sb3_agpo.dynamics.torch_tasks import LinearQuadraticEnv
+from sb3_agpo.dynamics.wrappers import opaque_wrapper
 
 Env = gym.Env[Any, Any]
 ONE = FiniteDifferences(threads=1)
@@ -248,7 +248,23 @@ def test_integers_cannot_be_differentiated() -> None:
     assert chosen(env).kind == "none"
 
 
+def zoo_time_limit(env: Env) -> Env:
+    """
+    What RL Zoo puts in the place of ``TimeLimit``; by a class of the same name, as the zoo changes Gymnasium when imported.
+
+    :param env: the environment
+    :return: the wrapped environment
+    """
+
+    def step(self: Any, action: Any) -> Any:
+        return gym_wrappers.TimeLimit.step(self, action)
+
+    names = {"__module__": "rl_zoo3.gym_patches", "__qualname__": "PatchedTimeLimit", "step": step}
+    return type("PatchedTimeLimit", (gym_wrappers.TimeLimit,), names)(env, 50)
+
+
 TRANSPARENT: dict[str, Callable[[Env], Env]] = {
+    "PatchedTimeLimit": zoo_time_limit,
     "nothing": lambda env: env,
     "TimeLimit": lambda env: gym_wrappers.TimeLimit(env, 50),
     "Monitor": Monitor,

@@ -231,7 +231,7 @@ class AGPO(OffPolicyAlgorithm):
         self.max_invalid_fraction = max_invalid_fraction
         self.dynamics: VecDynamics | None = None
         self.provider_report = ProviderReport("none", "no environment yet")
-        self._nonfinite_in_a_row = 0
+        self._nonfinite_in_a_row = {"actor": 0, "critic": 0, "ent_coef": 0}  # gradients, by optimiser
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
@@ -475,7 +475,7 @@ class AGPO(OffPolicyAlgorithm):
             matching = gradient_matching_loss(self.policy, batch, self.gamma, ent_coef)
             self._record("matching_loss", matching.item())
             loss = loss + self.critic_grad_coef * matching
-        self._step(self.critic.optimizer, loss, float("inf"))
+        self._step("critic", self.critic.optimizer, loss)
         self._update_temperature(log_prob)
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
@@ -484,7 +484,7 @@ class AGPO(OffPolicyAlgorithm):
         self._set_critic_trainable(False)
         loss = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
         self._record("actor_loss", loss.item())
-        self._step(self.actor.optimizer, loss, float("inf"))
+        self._step("actor", self.actor.optimizer, loss)
         self._set_critic_trainable(True)
 
     def _set_critic_trainable(self, trainable: bool) -> None:
@@ -500,7 +500,7 @@ class AGPO(OffPolicyAlgorithm):
         assert isinstance(self.target_entropy, float)
         loss = -(self.log_ent_coef * (log_prob.detach() + self.target_entropy)).mean()
         self._record("ent_coef_loss", loss.item())
-        self._step(self.ent_coef_optimizer, loss, float("inf"))
+        self._step("ent_coef", self.ent_coef_optimizer, loss)
 
     def _update_policy_from_windows(self) -> None:
         """The adaptive gradient on fresh windows."""
@@ -508,14 +508,14 @@ class AGPO(OffPolicyAlgorithm):
         update = window_update(self.policy, windows, self._gate(), self.gamma, self._current_ent_coef())
         for name, value in gradient_statistics(update.gradient, update.critic.q_a, windows.mask).items():
             self._record(name, value)
-        self._record("policy_grad_norm", self._step(self.actor.optimizer, update.loss, self.max_grad_norm))
+        self._record("policy_grad_norm", self._step("actor", self.actor.optimizer, update.loss, self.max_grad_norm))
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:
         if self.gradient_mode == "adaptive":
             return self.gate if self.gate is not None else DisagreementGate()
         return ConstantGate(1.0 if self.gradient_mode == "analytic" else 0.0)
 
-    def _step(self, optimizer: th.optim.Optimizer, loss: th.Tensor, max_norm: float) -> float:
+    def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_norm: float = math.inf) -> float:
         """
         Take one optimiser step, unless the gradient is not finite.
 
@@ -528,14 +528,14 @@ class AGPO(OffPolicyAlgorithm):
         norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
         self._record("nonfinite_skipped", float(not np.isfinite(norm)))
         if np.isfinite(norm):
-            self._nonfinite_in_a_row = 0
+            self._nonfinite_in_a_row[name] = 0
             optimizer.step()
             return norm
         optimizer.zero_grad()
-        self._nonfinite_in_a_row += 1
-        if self._nonfinite_in_a_row >= MAX_NONFINITE:
+        self._nonfinite_in_a_row[name] += 1
+        if self._nonfinite_in_a_row[name] >= MAX_NONFINITE:
             raise ValueError(
-                f"The last {MAX_NONFINITE} gradients were not finite; the weights are still those before them. Check that "
+                f"The last {MAX_NONFINITE} {name} gradients were not finite; the weights are still those before them. Check that "
                 "observations and rewards are finite (`VecCheckNan`), or lower `learning_rate`"
             )
         return norm

@@ -121,7 +121,8 @@ class DifferentiableRolloutBuffer:
     Nothing depends on the training frequency: one environment fills the buffer with consecutive stretches of its steps.
     Chains of derivatives end with episodes, and where a step does not start from the observation that the last one led to.
 
-    :param rollout_size: transitions, over all environments, that make a batch of windows
+    :param rollout_size: transitions, over all environments, that make a batch of windows; at least ``horizon * n_envs``
+        are waited for
     :param horizon: steps of a window
     :param n_envs: number of environments
     :param device: where windows are put
@@ -148,8 +149,9 @@ class DifferentiableRolloutBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether a batch of windows is ready."""
-        return self._n_differentiated * self.n_envs >= self.rollout_size
+        """Whether a batch of windows is ready: enough transitions, and with many environments at least one whole window."""
+        steps = max(self.horizon, -(-self.rollout_size // self.n_envs))
+        return self._n_differentiated >= steps
 
     def add(self, transition: Transition) -> None:
         """

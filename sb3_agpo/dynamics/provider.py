@@ -26,10 +26,10 @@ from sb3_agpo.dynamics.recorder import (
     TransitionRecorder,
     check_available,
     find_recorder,
-    inherits_unchanged,
     install_recorder,
     remove_recorder,
 )
+from sb3_agpo.dynamics.wrappers import inherits_unchanged
 
 #: wrappers of vectorised environments that leave observations alone, or (VecNormalize) rescale them at sampling time
 TRANSPARENT_VEC_WRAPPERS = (VecMonitor, VecNormalize, VecCheckNan, VecVideoRecorder)

@@ -14,44 +14,14 @@ from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.wrappers import (
-    ClipAction,
-    DtypeObservation,
-    HumanRendering,
-    OrderEnforcing,
-    PassiveEnvChecker,
-    RecordEpisodeStatistics,
-    RecordVideo,
-    RenderCollection,
-    RescaleAction,
-    RescaleObservation,
-    TimeLimit,
-)
-from stable_baselines3.common.monitor import Monitor
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid, zero_invalid
 from sb3_agpo.dynamics.tasks import find_task_model
-
-#: wrappers that override ``step`` and still leave observation, action and reward as they are
-TRANSPARENT_WRAPPERS = (
-    TimeLimit,
-    Monitor,
-    OrderEnforcing,
-    PassiveEnvChecker,
-    RecordEpisodeStatistics,
-    RecordVideo,
-    RenderCollection,
-    HumanRendering,
-)
-#: wrappers that rescale, which the chain rule follows
-AFFINE_WRAPPERS = (RescaleAction, RescaleObservation, ClipAction, DtypeObservation)
-#: methods by which a wrapper can change what the agent sees, does and gets
-WRAPPER_METHODS = ("step", "reset", "action", "observation")
+from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
 #: what a recorder keeps at most. Steps that nobody asks for, taken after training for example, must not fill the memory
 MAX_RECORD_BYTES = 2**29
@@ -299,84 +269,6 @@ def stack_records(records: Sequence[Record]) -> StepRecords:
     return StepRecords(np.stack(states), np.stack(actions), np.array(rewards), np.stack(next_obs))
 
 
-def opaque_wrapper(env: gym.Env[Any, Any]) -> str | None:
-    """
-    The first wrapper that derivatives cannot be followed through.
-
-    :param env: wrapped environment, its action space a bounded box
-    :return: the wrapper's name, None if all can be seen through
-    """
-    assert isinstance(env.action_space, spaces.Box)
-    actions = np.stack([env.action_space.low, env.action_space.high]).astype(np.float64)
-    while isinstance(env, gym.Wrapper):
-        if not is_transparent(env):
-            return type(env).__name__
-        if isinstance(env, gym.ActionWrapper):
-            before, actions = actions, np.stack([env.action(bound) for bound in actions])
-            # Clipping is no rescaling, except where there is nothing to clip (more than a rounding error)
-            if isinstance(env, ClipAction) and np.any(np.abs(actions - before) > 1e-5 * (before[1] - before[0])):
-                return type(env).__name__
-        env = env.env
-    return None
-
-
-def is_transparent(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
-    """
-    Whether a wrapper is known to change nothing, or only by rescaling.
-
-    :param env: a wrapper; the environment inside does not matter
-    :return: True also for classes derived from known ones or from ``gymnasium.Wrapper`` that override none of
-        :data:`WRAPPER_METHODS`
-    """
-    if any(callable(vars(env).get(name)) for name in WRAPPER_METHODS):  # put there from outside
-        return False
-    if isinstance(env, DtypeObservation) and not np.issubdtype(env.observation_space.dtype, np.floating):
-        return False
-    known = (TransitionRecorder, *TRANSPARENT_WRAPPERS, *AFFINE_WRAPPERS, gym.Wrapper)
-    return any(inherits_unchanged(type(env), base, WRAPPER_METHODS) for base in known)
-
-
-def inherits_unchanged(kind: type, base: type, methods: Sequence[str]) -> bool:
-    """
-    Whether a class has some methods from another class as they are there.
-
-    :param kind: the class
-    :param base: a class it may be derived from
-    :param methods: names of methods, which ``base`` need not have
-    :return: False also if ``kind`` is not derived from ``base``
-    """
-    same = (getattr(kind, name, None) is getattr(base, name, None) for name in methods)
-    return issubclass(kind, base) and all(same)
-
-
-def wrapper_scales(env: gym.Env[Any, Any]) -> tuple[Array, Array]:
-    """
-    Chain-rule factors of the wrappers of an environment, all of them affine.
-
-    :param env: wrapped environment
-    :return: d(environment action) / d(action in [-1, 1]), d(agent's observation) / d(environment observation)
-    """
-    assert isinstance(env.action_space, spaces.Box)
-    low, high = env.action_space.low.astype(np.float64), env.action_space.high.astype(np.float64)
-    rescaling: list[RescaleObservation[Any, Any, Any]] = []
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, gym.ActionWrapper):
-            low, high = env.action(low), env.action(high)
-        if isinstance(env, RescaleObservation):
-            rescaling.append(env)
-        env = env.env
-    space = env.observation_space
-    assert isinstance(space, spaces.Box)
-    # From bound to bound, where there are bounds: the further apart two points, the less their slope suffers from rounding
-    bounded = np.isfinite(space.low) & np.isfinite(space.high) & (space.high > space.low)
-    start = np.where(bounded, space.low, 0.0).astype(np.float64)
-    end = np.where(bounded, space.high, 1.0).astype(np.float64)
-    moved_start, moved_end = start, end
-    for wrapper in reversed(rescaling):
-        moved_start, moved_end = wrapper.observation(moved_start), wrapper.observation(moved_end)
-    return 0.5 * (high - low), (moved_end - moved_start) / (end - start)
-
-
 def choose_dynamics(
     env: gym.Env[Any, Any], differences: FiniteDifferences
 ) -> tuple[DifferentiableDynamics | None, ProviderReport]:
@@ -414,22 +306,6 @@ def choose_dynamics(
         return None, ProviderReport("none", f"{name} is a custom MujocoEnv, but {error}")
     reason = f"{name} is a custom MujocoEnv: finite differences through its own step"
     return custom, ProviderReport("env_step", reason, custom.tangent_size, custom.rows_per_transition)
-
-
-def unusable_spaces(env: gym.Env[Any, Any]) -> str | None:
-    """
-    What about the spaces of an environment makes derivatives impossible.
-
-    :param env: environment, wrapped or not
-    :return: a description, None if they are usable
-    """
-    for space, what in ((env.action_space, "action"), (env.observation_space, "observation")):
-        vector = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
-        if not vector:
-            return f"the {what} space {space} is not a one-dimensional Box of floating-point numbers"
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():  # type: ignore[attr-defined]
-        return f"the action space {env.action_space} is not bounded"
-    return None
 
 
 class RecorderInstaller:

@@ -15,14 +15,12 @@ def register() -> None:
     """
     try:
         import rl_zoo3.exp_manager
-        import rl_zoo3.gym_patches
         import rl_zoo3.hyperparams_opt
         import rl_zoo3.train
     except ImportError as error:
         raise ImportError(
             f"RL Baselines3 Zoo cannot be imported ({error}); install it with: pip install 'sb3-agpo[zoo]'"
         ) from error
-    from sb3_agpo.dynamics import recorder
     from sb3_agpo.zoo.algorithm import ZooAGPO
     from sb3_agpo.zoo.manager import AGPOExperimentManager
     from sb3_agpo.zoo.search import convert_agpo_params, sample_agpo_params
@@ -34,7 +32,3 @@ def register() -> None:
     # `rl_zoo3.train` has a reference of its own to the class
     rl_zoo3.exp_manager.ExperimentManager = AGPOExperimentManager  # type: ignore[misc]
     rl_zoo3.train.ExperimentManager = AGPOExperimentManager  # type: ignore[misc]
-    # The zoo puts this class in the place of gymnasium's TimeLimit; it differs in what it reports in `info` alone
-    time_limit = rl_zoo3.gym_patches.PatchedTimeLimit
-    if time_limit not in recorder.TRANSPARENT_WRAPPERS:
-        recorder.TRANSPARENT_WRAPPERS = (*recorder.TRANSPARENT_WRAPPERS, time_limit)  # type: ignore[assignment]
