@@ -21,11 +21,9 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "package_reference",
-    "benchmark_report",
+    "measured_results",
 ]
-exclude_patterns = ["_build", "benchmarks", "README.md"]
-# Pages whose parts appear later (benchmarks, integrations) are named by patterns that may match nothing yet.
-suppress_warnings = ["toc.empty_glob"]
+exclude_patterns = ["_build", "benchmarks"]  # what is in benchmarks is included in pages
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "linkify"]
 myst_linkify_fuzzy_links = False  # else "report.md" would be taken for a web address

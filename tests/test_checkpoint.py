@@ -81,7 +81,11 @@ RUNS: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
     "dict": (lambda: SimpleMultiObsEnv(discrete_actions=False), {"policy": "MultiInputPolicy", "buffer_size": 60}),
     "her": (
         lambda: make_vec_env(lambda: BitFlippingEnv(4, continuous=True, max_steps=4), 2),
-        {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"copy_info_dict": False}},
+        {
+            "policy": "MultiInputPolicy",
+            "replay_buffer_class": HerReplayBuffer,
+            "replay_buffer_kwargs": {"copy_info_dict": False},
+        },
     ),
     "sampled_spaces": (lambda: RandomEnv(spaces.Box(-1.0, 1.0, (3,), np.float64)), {}),
 }
@@ -326,7 +330,8 @@ def test_callback_arguments(tmp_path: Path) -> None:
 
 def test_callback_among_others(tmp_path: Path) -> None:
     """Inside other callbacks it works as well, and a stopped run can be resumed."""
-    callbacks = [ResumableCheckpointCallback(tmp_path, 20), EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path / "x", 5))]
+    every_ten = EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path / "x", 5))
+    callbacks = [ResumableCheckpointCallback(tmp_path, 20), every_ten]
     model = small_model("InvertedPendulum-v5").learn(50, callback=[*callbacks])
     assert AGPO.resume(tmp_path, "InvertedPendulum-v5").num_timesteps == model.num_timesteps
 

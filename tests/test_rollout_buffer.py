@@ -98,7 +98,8 @@ def fill(seed: int, n_envs: int, horizon: int, batches: list[int], n_pending: in
         returned = buffer.add_derivatives(parts[-1])
         assert all(a is b for a, b in zip(returned, transitions[-size:], strict=True))
         assert buffer.n_pending == 0
-        assert buffer.full == (len(transitions) * n_envs >= 5)
+        # Enough transitions, and a whole window of every environment
+        assert buffer.full == (len(transitions) * n_envs >= 5 and len(transitions) >= horizon)
     for _ in range(n_pending):
         buffer.add(random_transition(rng, n_envs))
     return Filled(buffer, transitions, concatenate(parts), len(transitions))
@@ -163,7 +164,7 @@ def test_one_environment_gives_consecutive_stretches() -> None:
     assert not windows.valid[windows.mask == 0.0].any()  # padding never asks to be trusted
 
 
-@pytest.mark.parametrize("rollout_size,n_envs,steps", [(5, 2, 3), (6, 2, 3), (1, 4, 1), (64, 1, 64)])
+@pytest.mark.parametrize("rollout_size,n_envs,steps", [(5, 2, 3), (6, 2, 3), (1, 4, 2), (64, 1, 64)])
 def test_full_counts_transitions_with_derivatives(rollout_size: int, n_envs: int, steps: int) -> None:
     rng = np.random.default_rng(0)
     buffer = DifferentiableRolloutBuffer(rollout_size, 2, n_envs)

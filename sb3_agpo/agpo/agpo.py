@@ -535,8 +535,8 @@ class AGPO(OffPolicyAlgorithm):
         self._nonfinite_in_a_row[name] += 1
         if self._nonfinite_in_a_row[name] >= MAX_NONFINITE:
             raise ValueError(
-                f"The last {MAX_NONFINITE} {name} gradients were not finite; the weights are still those before them. Check that "
-                "observations and rewards are finite (`VecCheckNan`), or lower `learning_rate`"
+                f"The last {MAX_NONFINITE} {name} gradients were not finite; the weights are still those before them. "
+                "Check that observations and rewards are finite (`VecCheckNan`), or lower `learning_rate`"
             )
         return norm
 

@@ -36,10 +36,9 @@ TRANSPARENT_WRAPPERS = (
     RenderCollection,
     HumanRendering,
 )
-#: the same, by name, so that nothing needs to be imported, and worker processes know them too
-TRANSPARENT_BY_NAME = {
-    "rl_zoo3.gym_patches.PatchedTimeLimit",  # which the zoo puts in the place of TimeLimit: it differs in `info` alone
-}
+#: the same, by name: RL Zoo puts its own TimeLimit, which differs in ``info`` alone, in the place of Gymnasium's, before or
+#: after this module is imported, and in worker processes too
+TRANSPARENT_BY_NAME = ("gymnasium.wrappers.common.TimeLimit", "rl_zoo3.gym_patches.PatchedTimeLimit")
 #: wrappers that rescale, which the chain rule follows
 AFFINE_WRAPPERS = (RescaleAction, RescaleObservation, ClipAction, DtypeObservation)
 #: methods by which a wrapper can change what the agent sees, does and gets
