@@ -100,7 +100,7 @@ class AGPO(OffPolicyAlgorithm):
     :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
-        none where there are derivatives and 1 where there are not
+        none where fresh windows train the policy and 1 where they do not
     :param max_grad_norm: the policy gradient of fresh windows is clipped to this norm
     :param derivative_memory: most memory for stored derivatives, in gigabytes; the oldest transitions give way
     :param finite_differences: step sizes, scheme and threads of finite differences
@@ -457,7 +457,7 @@ class AGPO(OffPolicyAlgorithm):
         """Critic updates per replayed policy update: without windows these are the only ones."""
         if self.policy_delay is not None:
             return self.policy_delay
-        return 0 if self.dynamics is not None else 1
+        return 0 if self.dynamics is not None and self.rollout_epochs > 0 else 1
 
     def _current_ent_coef(self) -> th.Tensor:
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
