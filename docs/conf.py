@@ -23,7 +23,8 @@ extensions = [
     "package_reference",
     "measured_results",
 ]
-exclude_patterns = ["_build", "benchmarks"]  # what is in benchmarks is included in pages
+exclude_patterns = ["_build"]
+suppress_warnings = ["myst.header"]  # tables that the benchmarks write have small headings
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "linkify"]
 myst_linkify_fuzzy_links = False  # else "report.md" would be taken for a web address

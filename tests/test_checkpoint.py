@@ -21,7 +21,7 @@ from small_models import RandomEnv, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import BitFlippingEnv, SimpleMultiObsEnv
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -86,7 +86,10 @@ RUNS: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
         lambda: make_vec_env("InvertedPendulum-v5", 1),
         {"optimize_memory_usage": True, "replay_buffer_kwargs": {"handle_timeout_termination": False}, "buffer_size": 40},
     ),
-    "dict": (lambda: seeded(SimpleMultiObsEnv(discrete_actions=False)), {"policy": "MultiInputPolicy", "buffer_size": 60}),
+    "dict": (
+        lambda: seeded(RandomEnv(spaces.Dict({"x": spaces.Box(-1.0, 1.0, (2,)), "y": spaces.Discrete(3)}))),
+        {"policy": "MultiInputPolicy", "buffer_size": 60},
+    ),
     "her": (
         lambda: make_vec_env(lambda: BitFlippingEnv(4, continuous=True, max_steps=4), 2),
         {
@@ -135,7 +138,7 @@ def test_worker_processes(tmp_path: Path) -> None:
     environments: list[VecEnv] = []
 
     def make_env() -> VecEnv:
-        environments.append(make_vec_env("InvertedPendulum-v5", 2, vec_env_cls=SubprocVecEnv))
+        environments.append(make_vec_env("InvertedPendulum-v5", 1, vec_env_cls=SubprocVecEnv))
         return environments[-1]
 
     assert_equal_runs(*run_and_resume(make_env, {}, tmp_path))

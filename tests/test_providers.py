@@ -665,7 +665,7 @@ def test_worker_processes_give_the_same_bits(start_method: str, opened: Callable
     for env in (here, there):
         dynamics = attached(env, FiniteDifferences())
         roll(env, 9)
-        dynamics.env.env_method("pause_records")
+        dynamics.pause()
         env.step(np.zeros((2, 3), np.float32))
         dynamics.keep_oldest(8)
         results.append(dynamics.take(5))

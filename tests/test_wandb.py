@@ -26,8 +26,17 @@ from wandb.proto import wandb_internal_pb2
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
+from sb3_agpo.tracking.figures import read_progress
 from sb3_agpo.tracking.video import encode_animation, record_episode
-from sb3_agpo.tracking.wandb import STEP, AGPOWandbCallback, GateRecorder, WandbOutputFormat, settings_of, to_wandb
+from sb3_agpo.tracking.wandb import (
+    STEP,
+    AGPOWandbCallback,
+    GateRecorder,
+    ProgressFile,
+    WandbOutputFormat,
+    settings_of,
+    to_wandb,
+)
 
 ENVIRONMENT = "InvertedPendulum-v5"
 SMALL: dict[str, Any] = {
@@ -407,6 +416,15 @@ def test_exclusion(tmp_path: Path) -> None:
         WandbOutputFormat(run).write(values, {"excluded": ("wandb",), "kept": ("stdout",)}, 7)
     (row,) = Offline(tmp_path).rows
     assert {key for key in row if not key.startswith("_")} == {"kept", STEP}
+
+
+def test_the_file_behind_the_figures_takes_what_users_record(tmp_path: Path) -> None:
+    """SB3's CSV writer raises an error for a figure that the user excluded from other outputs only."""
+    output = ProgressFile(str(tmp_path / "progress.csv"))
+    output.write({"a": 1, "picture": Figure(matplotlib.figure.Figure(), close=False), "text": "b"}, {"picture": ("stdout",)})
+    output.write({"a": np.float32(2.0), "c": 0.5}, {"a": ("csv",)})
+    output.close()
+    assert {name: values.tolist() for name, values in read_progress(tmp_path / "progress.csv").items()}["a"] == [1.0, 2.0]
 
 
 def test_refusals() -> None:

@@ -1,7 +1,7 @@
 """
-Sphinx extension: files that the benchmarks write into ``docs/benchmarks`` are shown on a page as soon as they exist.
+Sphinx extension: files that the benchmarks write into ``docs/benchmarks`` are pages, and parts of others, once they exist.
 
-A page says ``<!-- results: report.md offset 2 -->``; the headings of the file go down by the offset.
+A page says ``<!-- results: report.md offset 2 -->`` to show one; the headings of the file go down by the offset.
 """
 
 import re
@@ -12,12 +12,16 @@ from sphinx.application import Sphinx
 
 FOLDER = "benchmarks"
 MARKER = re.compile(r"^<!-- results: (\S+) offset (\d) -->$", flags=re.MULTILINE)
+#: titles of files that have none of their own
+TITLES = {f"{FOLDER}/fidelity": "Fidelity of gradients"}
 WITHOUT_FILE = """No results of this kind come with this version. The commands on this page make them on your machine, and the
 next build of these pages shows them here."""
 
 
 def insert_results(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Replace each marker by what was measured, or by a pointer if there is nothing yet."""
+    """Replace each marker by what was measured, or by a pointer if there is nothing yet; add titles."""
+    if docname in TITLES:
+        source[0] = f"# {TITLES[docname]}\n\n{source[0]}"
     here = "../" * docname.count("/")
 
     def replacement(match: re.Match[str]) -> str:

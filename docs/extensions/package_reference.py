@@ -95,8 +95,10 @@ def describe_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
     module, _, class_name = owner.rpartition(".")
     record = getattr(importlib.import_module(module), class_name)
     comment = field_comments(record).get(field, "")
-    # Shapes such as (n, nu) and names such as O_x are code, not markup
-    lines[:] = [re.sub(r"(?<!\w)([A-Za-z]\w*_)(?!\w)", r"\1\\ ", comment)] if comment else ["A field."]
+    # What is in backquotes is markup; elsewhere |x|, a * b and names such as next_ are meant as they stand
+    parts = re.split(r"((?::\w+)*:?`+[^`]*`+)", comment)
+    parts[::2] = [re.sub(r"([|*_\\])", r"\\\1", part) for part in parts[::2]]
+    lines[:] = ["".join(parts) or "A field."]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from stable_baselines3.common.monitor import ResultsWriter
 
 from sb3_agpo.checkpoint.plain_data import is_plain, set_space_generators, space_generators
 from sb3_agpo.dynamics.recorder import TransitionRecorder
+from sb3_agpo.dynamics.wrappers import is_time_limit
 
 State = dict[str, Any]
 
@@ -68,6 +69,16 @@ def capture_environment(env: gym.Env[Any, Any]) -> State:
     }
 
 
+def layer_name(layer: gym.Env[Any, Any]) -> str:
+    """
+    What a wrapper or an environment is called in a checkpoint.
+
+    :param layer: the layer
+    :return: the name of its class; that of Gymnasium's time limit also for the one that RL Zoo puts in its place
+    """
+    return "TimeLimit" if is_time_limit(layer) else type(layer).__name__
+
+
 def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     """
     Read the state of a wrapper or an environment, what it wraps left out.
@@ -75,7 +86,7 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     :param layer: the layer
     :return: its state, and what could be state and is no plain data
     """
-    name = type(layer).__name__
+    name = layer_name(layer)
     if callable(getattr(type(layer), "get_checkpoint_state", None)):
         return {"class": name, "own": layer.get_checkpoint_state()}, []  # type: ignore[attr-defined]
     attributes: State = {}
@@ -104,7 +115,7 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
     :raises ValueError: if the environment is made in another way
     """
     own = list(layers(env))
-    names, expected = ([type(layer).__name__ for layer in own], [layer["class"] for layer in state["layers"]])
+    names, expected = ([layer_name(layer) for layer in own], [layer["class"] for layer in state["layers"]])
     if names != expected:
         raise ValueError(
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "

@@ -38,7 +38,7 @@ TRANSPARENT_WRAPPERS = (
 )
 #: the same, by name: RL Zoo puts its own TimeLimit, which differs in ``info`` alone, in the place of Gymnasium's, before or
 #: after this module is imported, and in worker processes too
-TRANSPARENT_BY_NAME = ("gymnasium.wrappers.common.TimeLimit", "rl_zoo3.gym_patches.PatchedTimeLimit")
+TIME_LIMITS = ("gymnasium.wrappers.common.TimeLimit", "rl_zoo3.gym_patches.PatchedTimeLimit")
 #: wrappers that rescale, which the chain rule follows
 AFFINE_WRAPPERS = (RescaleAction, RescaleObservation, ClipAction, DtypeObservation)
 #: methods by which a wrapper can change what the agent sees, does and gets
@@ -66,6 +66,16 @@ def opaque_wrapper(env: gym.Env[Any, Any]) -> str | None:
     return None
 
 
+def is_time_limit(env: gym.Env[Any, Any]) -> bool:
+    """
+    Whether a wrapper is Gymnasium's ``TimeLimit``, or the one that RL Zoo puts in its place.
+
+    :param env: a wrapper or an environment
+    :return: False for classes derived from them, which may do anything
+    """
+    return f"{type(env).__module__}.{type(env).__qualname__}" in TIME_LIMITS
+
+
 def is_transparent(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
     """
     Whether a wrapper is known to change nothing, or only by rescaling.
@@ -78,7 +88,7 @@ def is_transparent(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
         return False
     if isinstance(env, DtypeObservation) and not np.issubdtype(env.observation_space.dtype, np.floating):
         return False
-    named = (base for base in type(env).__mro__ if f"{base.__module__}.{base.__qualname__}" in TRANSPARENT_BY_NAME)
+    named = (base for base in type(env).__mro__ if f"{base.__module__}.{base.__qualname__}" in TIME_LIMITS)
     known = (*TRANSPARENT_WRAPPERS, *AFFINE_WRAPPERS, gym.Wrapper, *named)
     return any(inherits_unchanged(type(env), base, WRAPPER_METHODS) for base in known)
 

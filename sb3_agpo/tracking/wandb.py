@@ -74,6 +74,21 @@ class WandbOutputFormat(KVWriter):
         """Nothing to close: whoever started the run finishes it."""
 
 
+class ProgressFile(CSVOutputFormat):
+    """SB3's CSV file, for figures to be drawn from; unlike SB3's it passes over what is no number."""
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """
+        Add a row.
+
+        :param key_values: names and values
+        :param key_excluded: does not matter here
+        :param step: environment steps
+        """
+        numbers = {key: value for key, value in key_values.items() if isinstance(value, int | float | np.number)}
+        super().write(numbers, dict.fromkeys(numbers, ()), step)
+
+
 def to_wandb(value: Any) -> Any:
     """
     Turn a value of SB3's logger into what Weights & Biases shows.
@@ -261,7 +276,7 @@ class AGPOWandbCallback(BaseCallback):
         self._wandb = None if synchronized else WandbOutputFormat(self._run)
         self._folder = tempfile.TemporaryDirectory()
         self._progress = Path(self._folder.name) / "progress.csv"
-        self._own_outputs: list[KVWriter] = [CSVOutputFormat(str(self._progress))]
+        self._own_outputs: list[KVWriter] = [ProgressFile(str(self._progress))]
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)

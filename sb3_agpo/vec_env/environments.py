@@ -10,16 +10,18 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_agpo.dynamics.mujoco import MujocoDynamics
 from sb3_agpo.dynamics.tasks import find_task_model
+from sb3_agpo.dynamics.wrappers import is_time_limit
 
 GymEnv = gym.Env[Any, Any]
 
-#: wrappers that ``gymnasium.make`` adds by itself; what they do in ``step`` is done for all environments at once
-STEPPED_WRAPPERS = (TimeLimit, OrderEnforcing, PassiveEnvChecker)
+#: wrappers that ``gymnasium.make`` adds by itself, beside the time limit; what they do in ``step`` is done for all
+#: environments at once
+STEPPED_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
 
 
 def check_integers(n_envs: int | None, threads: int | None, seed: int | None, max_episode_steps: int | None) -> None:
@@ -168,7 +170,7 @@ def check_environment(env: GymEnv) -> MujocoEnv:
         )
     inner = env.env if type(env) is Monitor else env
     while isinstance(inner, gym.Wrapper):
-        if type(inner) not in STEPPED_WRAPPERS:
+        if type(inner) not in STEPPED_WRAPPERS and not is_time_limit(inner):
             where = ", which must be the outermost wrapper" if isinstance(inner, Monitor) else ""
             raise ValueError(
                 f"the wrapper {type(inner).__name__}{where} is not stepped in threads; "

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_agpo.dynamics.interface import Array
+from sb3_agpo.dynamics.wrappers import is_time_limit
 
 _UNLIMITED = np.iinfo(np.int64).max
 
@@ -120,7 +121,7 @@ def _time_limits(env: gym.Env[Any, Any]) -> list[TimeLimit[Any, Any]]:
     """The time limits among the wrappers of an environment."""
     found: list[TimeLimit[Any, Any]] = []
     while isinstance(env, gym.Wrapper):
-        if isinstance(env, TimeLimit):
-            found.append(env)
+        if is_time_limit(env):
+            found.append(env)  # type: ignore[arg-type]
         env = env.env
     return found

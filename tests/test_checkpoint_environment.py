@@ -1,0 +1,180 @@
+"""The state of environments: put back into a fresh one, every later step is the same bit for bit."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from small_models import RandomEnv
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
+
+from sb3_agpo.checkpoint.environment import capture_environment, restore_environment
+from sb3_agpo.checkpoint.plain_data import decode, encode
+from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
+
+MUJOCO_TASKS = [
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "HumanoidStandup-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Pusher-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+]
+OTHER_TASKS = ["Pendulum-v1", "MountainCarContinuous-v0", "CartPole-v1"]
+
+
+def through_files(state: Any) -> Any:
+    """Encode, write as JSON, read and decode."""
+    data = encode(state)
+    arrays = {name: array.copy() for name, array in data.arrays.items()}  # the environment writes into its own
+    return decode(json.loads(json.dumps(data.structure)), arrays)
+
+
+def play(env: gym.Env[Any, Any], actions: list[Any]) -> list[Any]:
+    """Everything that steps and resets return."""
+    seen: list[Any] = []
+    for action in actions:
+        obs, reward, terminated, truncated, info = env.step(action)
+        seen.append((np.array(obs), reward, terminated, truncated, {k: v for k, v in info.items() if k != "episode"}))
+        if terminated or truncated:
+            seen.append(np.array(env.reset()[0]))
+    return seen
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Compare nested results bit for bit."""
+    if isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    else:
+        assert np.array_equal(first, second)
+
+
+def make_task(env_id: str) -> gym.Env[Any, Any]:
+    """A task with short episodes, so that resets happen too."""
+    return Monitor(gym.make(env_id, max_episode_steps=15))
+
+
+def random_actions(env: gym.Env[Any, Any], count: int) -> list[Any]:
+    """Actions that do not depend on the state of the environment's generators."""
+    space = type(env.action_space)(**vars_of(env.action_space))
+    space.seed(3)
+    return [space.sample() for _ in range(count)]
+
+
+def vars_of(space: spaces.Space[Any]) -> dict[str, Any]:
+    """Arguments that make the same space."""
+    if isinstance(space, spaces.Box):
+        return {"low": space.low, "high": space.high, "dtype": space.dtype}
+    assert isinstance(space, spaces.Discrete)
+    return {"n": space.n}
+
+
+@pytest.mark.parametrize("env_id", [*MUJOCO_TASKS, *OTHER_TASKS])
+def test_fresh_environment_goes_on_where_another_was(env_id: str) -> None:
+    env, other = make_task(env_id), make_task(env_id)
+    actions = random_actions(env, 50)
+    env.reset(seed=1)
+    play(env, actions[:20])
+    captured = through_files(capture_environment(env))
+    assert not captured["lost"] and not captured["unknown"]
+    expected = play(env, actions[20:])
+    other.reset(seed=2)
+    play(other, actions[:3])
+    assert restore_environment(other, captured) == []
+    assert_same(play(other, actions[20:]), expected)
+
+
+def test_capturing_changes_nothing() -> None:
+    env, other = make_task("Ant-v5"), make_task("Ant-v5")
+    actions = random_actions(env, 30)
+    seen = []
+    for each in (env, other):
+        each.reset(seed=1)
+        seen.append([])
+        for action in actions:
+            if each is env:
+                capture_environment(each)
+            seen[-1] += play(each, [action])
+    assert_same(*seen)
+
+
+WRAPPED: dict[str, Callable[[], gym.Env[Any, Any]]] = {
+    "normalized": lambda: NormalizeReward(NormalizeObservation(gym.make("Pendulum-v1"))),
+    "statistics": lambda: RecordEpisodeStatistics(gym.make("Pendulum-v1", max_episode_steps=15)),
+    "stacked": lambda: FrameStackObservation(gym.make("Pendulum-v1"), 3),
+    "random": lambda: RandomEnv(spaces.Box(-1.0, 1.0, (3,), np.float32)),
+}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_wrappers(make: Callable[[], gym.Env[Any, Any]]) -> None:
+    env, other = make(), make()
+    env.observation_space.seed(4)
+    actions = random_actions(env, 40)
+    env.reset(seed=1)
+    play(env, actions[:22])
+    captured = through_files(capture_environment(env))
+    assert not captured["lost"]
+    expected = play(env, actions[22:])
+    other.reset(seed=2)
+    restore_environment(other, captured)
+    assert_same(play(other, actions[22:]), expected)
+
+
+def test_box2d_world_cannot_be_saved() -> None:
+    pytest.importorskip("Box2D")
+    env = gym.make("BipedalWalker-v3")
+    env.reset(seed=0)
+    captured = capture_environment(env)
+    assert captured["lost"] and any("world" in name for name in captured["unknown"])
+
+
+def test_other_environment_is_refused() -> None:
+    env = make_task("Hopper-v5")
+    env.reset(seed=0)
+    captured = capture_environment(env)
+    with pytest.raises(ValueError, match=r"Walker2dEnv, that of the checkpoint .* HopperEnv; make it with the same wrappers"):
+        restore_environment(make_task("Walker2d-v5"), captured)
+    captured["simulator"]["arrays"]["qpos"] = np.zeros(3)
+    with pytest.raises(ValueError, match="`qpos` has another size"):
+        restore_environment(env, captured)
+
+
+def make_vec_task() -> VecMonitor:
+    """Two environments under every wrapper that has a state."""
+    envs = DummyVecEnv([lambda: gym.make("Hopper-v5", max_episode_steps=15)] * 2)
+    return VecMonitor(VecFrameStack(VecNormalize(envs), 2))
+
+
+def test_vectorized_environment() -> None:
+    env, other = make_vec_task(), make_vec_task()
+    env.seed(1)
+    env.reset()
+    actions = [np.array([env.action_space.sample() for _ in range(2)]) for _ in range(60)]
+    for action in actions[:30]:
+        env.step(action)
+    captured = through_files(capture_vec_environment(env))
+    other.seed(5)
+    assert restore_vec_environment(other, captured) == []
+    for action in actions[30:]:
+        results = [each.step(action) for each in (env, other)]
+        for infos in (results[0][3], results[1][3]):
+            for info in infos:
+                info.get("episode", {}).pop("t", None)
+        assert_same(*results)
