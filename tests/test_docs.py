@@ -196,6 +196,8 @@ def test_code_runs(path: Path, tmp_path: Path) -> None:
         "WANDB_CONSOLE": "off",
     }
     result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if result.returncode and re.search("OpenGL|EGL", result.stderr):
+        pytest.skip("this machine cannot render")
     assert result.returncode == 0, result.stderr[-3000:]
 
 

@@ -1,5 +1,6 @@
 """
-Sphinx extension for the API reference: a directive that documents all modules of a package, and readable record fields.
+Sphinx extension for the API reference: a directive that documents all modules of a package, readable record fields, and
+links to re-exported names.
 
 ````
 ```{package-reference} sb3_agpo.agpo
@@ -17,7 +18,9 @@ from typing import Any
 
 from docutils import nodes
 from docutils.statemachine import StringList
+from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective
 
 
@@ -101,6 +104,26 @@ def describe_field(app: Sphinx, what: str, name: str, obj: Any, options: Any, li
     lines[:] = ["".join(parts) or "A field."]
 
 
+def resolve_reexport(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Element
+) -> nodes.reference | None:
+    """Link a name that a package re-exports, such as ``sb3_agpo.AGPO``, to where it is defined."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target.startswith("sb3_agpo."):
+        return None
+    try:
+        module, _, rest = target.rpartition(".")
+        found = getattr(importlib.import_module(module), rest)
+    except (ImportError, AttributeError):
+        return None
+    defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if defined == target:
+        return None
+    domain = env.domains.python_domain
+    link = domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], defined, node, content)
+    return link if isinstance(link, nodes.reference) else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """
     Register with Sphinx.
@@ -110,4 +133,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """
     app.add_directive("package-reference", PackageReference)
     app.connect("autodoc-process-docstring", describe_field)
+    app.connect("missing-reference", resolve_reexport)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
