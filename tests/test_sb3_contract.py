@@ -506,7 +506,7 @@ def test_infinite_horizon_value(handle_timeout_termination: bool) -> None:
         learning_rate=0.01,
         critic_learning_rate=0.01,
         learning_starts=0,
-        batch_size=256,
+        batch_size=64,
         train_freq=1,
         ent_coef=0.0,
         policy_delay=1,
@@ -527,11 +527,11 @@ def test_learns_identity_with_critic_alone() -> None:
         learning_rate=1e-3,
         critic_learning_rate=1e-3,
         learning_starts=100,
-        batch_size=256,
-        buffer_size=1000,
+        batch_size=64,
+        buffer_size=600,
         train_freq=1,
         policy_delay=1,
-    ).learn(1000)
+    ).learn(600)
     reward, _ = evaluate_policy(model, env, n_eval_episodes=20, reward_threshold=90, warn=False)
     assert reward > 90
 
