@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from stable_baselines3.common.logger import Figure, HParam, Image
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto import wandb_internal_pb2
+from wandb_files import Offline
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
@@ -49,8 +47,6 @@ SMALL: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
 }
-BLOCK = 32768  # bytes; records of a .wandb file do not cross blocks
-WHOLE, LAST = 1, 4  # kinds of pieces that end a record
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,77 +66,6 @@ def _no_run_left() -> Iterator[None]:
     """A test that fails leaves no active run to the next."""
     yield
     wandb.finish()
-
-
-class Offline:
-    """
-    What an offline run left.
-
-    :param folder: the run's ``dir``
-    """
-
-    def __init__(self, folder: Path) -> None:
-        (self.file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-        self.files = self.file.parent / "files"
-        deadline = time.monotonic() + 60.0
-        self.records = list(read_records(self.file))
-        while not self.records[-1:] or not self.records[-1].HasField("exit"):  # wandb's own process is still writing
-            assert time.monotonic() < deadline, f"{self.file} has no end"
-            time.sleep(0.05)
-            self.records = list(read_records(self.file))
-        self.run_id = next(record.run.run_id for record in self.records if record.HasField("run"))
-        self.rows = [row_of(record) for record in self.records if record.HasField("history")]
-        self.artifacts = [record.artifact for record in self.records if record.HasField("artifact")]
-
-    def series(self, key: str) -> dict[int, Any]:
-        """Environment steps -> values of a key."""
-        return {row[STEP]: row[key] for row in self.rows if key in row}
-
-    def config(self) -> dict[str, Any]:
-        """The run's configuration."""
-        updates = [update for record in self.records if record.HasField("config") for update in record.config.update]
-        return {update.key: json.loads(update.value_json) for update in updates}
-
-
-def read_records(path: Path) -> Iterator[Any]:
-    """
-    Read a ``.wandb`` file: seven bytes, then the pieces of a LevelDB log, of which one or more make a record.
-
-    :param path: the file
-    :return: its records
-    """
-    data, position, pieces = path.read_bytes(), 7, b""
-    assert data[:4] in (b":W&B", b"")
-    while position + 7 <= len(data):
-        if BLOCK - position % BLOCK < 7:  # no room for a header
-            position += BLOCK - position % BLOCK
-            continue
-        _checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        pieces += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (WHOLE, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(pieces)
-            pieces = b""
-            yield record
-
-
-def row_of(record: Any) -> dict[str, Any]:
-    """
-    Read a row of the history.
-
-    :param record: of a ``.wandb`` file
-    :return: names and values, those of histograms and media as dictionaries
-    """
-    row: dict[str, Any] = {}
-    for item in record.history.item:
-        first, *rest = item.nested_key or [item.key]
-        value = json.loads(item.value_json)
-        if rest:
-            row.setdefault(first, {})[rest[0]] = value
-        else:
-            row[first] = value
-    return row
 
 
 class Painted(gym.Wrapper):  # type: ignore[type-arg]
@@ -326,8 +251,9 @@ def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_algorithms(tmp_path: Path) -> None:
     """SAC has no gate and no gradient statistics; the rest is logged, with its normalisation and memory in checkpoints."""
     env = VecNormalize(make_vec_env(ENVIRONMENT))
-    model = SAC("MlpPolicy", env, learning_starts=20, train_freq=20, buffer_size=100, policy_kwargs={"net_arch": [8]})
-    model.learn(60, callback=callback_in(tmp_path, histogram_freq=20, checkpoint_freq=60, resumable_checkpoints=True))
+    model = SAC("MlpPolicy", env, seed=0, learning_starts=20, train_freq=20, buffer_size=100, policy_kwargs={"net_arch": [8]})
+    callback = callback_in(tmp_path, histogram_freq=20, checkpoint_freq=60, resumable_checkpoints=True)
+    model.learn(60, callback=callback, log_interval=1)  # an episode ends, and is logged, after the first update
     offline = Offline(tmp_path)
     assert offline.series("train/critic_loss")
     assert not [key for row in offline.rows for key in row if key.startswith("gate/")]

@@ -1,41 +1,33 @@
 """RL Baselines3 Zoo with AGPO: every script runs, alone and one after the other."""
 
-import contextlib
 import inspect
-import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import matplotlib as mpl
 import numpy as np
-import optuna
 import pytest
 import rl_zoo3
 import yaml
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from zoo_runs import ENVIRONMENT, QUICK, SMALL, TASK, zoo
 
 import sb3_agpo.zoo
 from sb3_agpo import AGPO
-from sb3_agpo.agpo.gates import DisagreementGate, InverseVarianceGate, VarianceSwitch
+from sb3_agpo.agpo.gates import VarianceSwitch
 from sb3_agpo.zoo.algorithm import ZooAGPO
 from sb3_agpo.zoo.manager import AGPOExperimentManager
 from sb3_agpo.zoo.registration import register
 from sb3_agpo.zoo.scripts import FUNCTIONS, MODULES, main, redirected
-from sb3_agpo.zoo.search import convert_agpo_params, sample_agpo_params
 
-ENVIRONMENT = "InvertedPendulum-v5"
-TASK = ["--algo", "agpo", "--env", ENVIRONMENT]
-QUICK = [*TASK, "--seed", "1", "--device", "cpu", "--eval-freq", "-1"]
-SMALL = ["buffer_size:1000", "learning_starts:50", "train_freq:10", "rollout_size:32", "policy_kwargs:dict(net_arch=[16])"]
 MUJOCO_TASKS = {
     "Ant-v5",
     "HalfCheetah-v5",
@@ -50,19 +42,6 @@ MUJOCO_TASKS = {
     "Walker2d-v5",
 }
 CRITIC_ONLY_TASKS = {"Pendulum-v1", "BipedalWalker-v3"}
-
-
-def zoo(*arguments: str) -> str:
-    """
-    Run a script of the zoo in this process.
-
-    :param arguments: script and arguments
-    :return: what it printed
-    """
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        assert main(arguments) == 0
-    return output.getvalue()
 
 
 def python(*arguments: str, **variables: str) -> str:
@@ -335,81 +314,6 @@ def test_benchmark_and_plots(logs: Path, tmp_path: Path, monkeypatch: pytest.Mon
     zoo("plot_from_file", "-i", "results.pkl", "-o", "curves.png", "--format", "png", "-b")
     assert Path("curves.png").stat().st_size > 0
     mpl.pyplot.close("all")
-
-
-# ---------------------------------------------------------------------- optimisation
-
-
-@pytest.fixture
-def quiet_optuna() -> Iterator[None]:
-    """No line per trial on standard error."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    yield
-    optuna.logging.set_verbosity(verbosity)
-
-
-def test_a_search_resumes_and_its_best_trial_trains(tmp_path: Path, quiet_optuna: None) -> None:
-    """A study in a journal file takes further trials, and any of them trains, the first one included."""
-    journal = tmp_path / "study.log"
-    study = [*QUICK, "-f", str(tmp_path), "--storage", str(journal), "--study-name", "agpo", "-n", "100"]
-    search = [*study, "--no-optim-plots", "--n-evaluations", "1", "--eval-episodes", "1", "--pruner", "none"]
-    zoo("optimize", *search, "--n-trials", "2", "--sampler", "random", "-params", *SMALL)
-    zoo("optimize", *search, "--max-total-trials", "3", "--sampler", "random", "--seed", "2", "-params", *SMALL)
-    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
-    trials = optuna.load_study(study_name="agpo", storage=backend).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
-    best = max(trials, key=lambda trial: trial.value or 0.0)
-    for run, trial in enumerate((trials[0], best), start=3):
-        zoo("train", *study, "--trial-id", str(trial.number), "-params", "buffer_size:1000", "learning_starts:50")
-        model = AGPO.load(tmp_path / "agpo" / f"{ENVIRONMENT}_{run}" / f"{ENVIRONMENT}.zip")
-        assert model.tau == trial.params["tau"]
-        assert model.gradient_mode == trial.params["gradient_mode"]
-
-
-ADDITIONAL = {"using_her_replay_buffer": False, "her_kwargs": {}}
-
-
-def test_sampled_hyperparameters_are_agpos_and_survive_storage() -> None:
-    """AGPO takes whatever is drawn, and the converter restores it from what a study keeps."""
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    known = set(inspect.signature(AGPO).parameters)
-    gates = set()
-    for _ in range(50):
-        trial = study.ask()
-        sampled = sample_agpo_params(trial, 1, 1, ADDITIONAL)
-        assert set(sampled) <= known
-        assert set(sampled) >= {"gradient_mode", "horizon", "rollout_size", "gate", "critic_grad_coef", "policy_delay"}
-        restored = convert_agpo_params(trial.params)
-        gate, restored_gate = sampled.pop("gate"), restored.pop("gate")
-        assert (type(restored_gate), vars(restored_gate)) == (type(gate), vars(gate))
-        assert restored == sampled
-        assert trial.user_attrs["rollout_size"] == sampled["rollout_size"] and sampled["gradient_steps"] >= 1
-        gates.add(type(gate))
-    assert gates == {DisagreementGate, VarianceSwitch, InverseVarianceGate}
-
-
-def test_sampled_extremes_train() -> None:
-    """The corners of the search space are valid arguments."""
-    space = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    sample_agpo_params(space, 1, 1, ADDITIONAL)
-    for corner in ("low", "high"):
-        chosen = {
-            name: getattr(distribution, corner, None) if hasattr(distribution, corner) else distribution.choices[0]
-            for name, distribution in space.distributions.items()
-        }
-        sampled = sample_agpo_params(optuna.trial.FixedTrial({**chosen, "net_arch": "small"}), 1, 1, ADDITIONAL)
-        AGPO("MlpPolicy", ENVIRONMENT, **sampled, buffer_size=1000, learning_starts=10).learn(40)
-
-
-def test_search_with_hindsight() -> None:
-    """The zoo's search space of hindsight replay comes on top, and is found again in storage."""
-    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    arguments = {"using_her_replay_buffer": True, "her_kwargs": {"copy_info_dict": True}}
-    sampled = sample_agpo_params(trial, 1, 1, arguments)["replay_buffer_kwargs"]
-    assert set(sampled) == {"copy_info_dict", "n_sampled_goal", "goal_selection_strategy"}
-    restored = convert_agpo_params(trial.params)["replay_buffer_kwargs"]
-    assert restored == {name: sampled[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
 
 
 # ---------------------------------------------------------------------- entry
