@@ -241,15 +241,22 @@ def test_missing_extra(
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupts() -> None:
+@pytest.fixture
+def python_interrupts() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which a process started in the background of a shell does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts(python_interrupts: None) -> None:
     """The first Ctrl-C asks, the second one quits, and later ones are as before."""
-    before = signal.getsignal(signal.SIGINT)
     with demo.first_interrupt_stops() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow
