@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo.agpo import CRITIC_RATE
 from sb3_agpo.agpo.policies import AGPOPolicy
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.vec_env import MujocoVecEnv
@@ -256,7 +257,7 @@ def test_learning_rates(learning_rate: Any, critic_learning_rate: Any) -> None:
     progress = model._current_progress_remaining
     expected = learning_rate(progress) if callable(learning_rate) else learning_rate
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-    expected = model.critic_lr_schedule(progress)
+    expected = model.critic_lr_schedule(progress) if critic_learning_rate is not None else CRITIC_RATE * expected
     assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
     assert model.ent_coef_optimizer is not None  # its pace is SAC's: one step for each transition
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(model.ent_coef_lr_schedule(progress))
@@ -556,7 +557,6 @@ def test_infinite_horizon_value(handle_timeout_termination: bool) -> None:
         gamma=0.98,
         tau=0.5,
         learning_rate=0.01,
-        critic_learning_rate=0.01,
         learning_starts=0,
         batch_size=64,
         train_freq=1,

@@ -58,6 +58,9 @@ SelfAGPO = TypeVar("SelfAGPO", bound="AGPO")
 
 #: steps of the critics' return by default
 N_STEPS = 3
+#: learning rates of the critics and of the temperature, in shares of ``learning_rate``, where none are given
+CRITIC_RATE = 0.5
+ENT_COEF_RATE = 0.3
 #: transitions that one update of the temperature may stand for
 LONGEST_TEMPERATURE_STEP = 32
 #: derivatives over which the share of invalid ones is watched
@@ -81,11 +84,12 @@ class AGPO(OffPolicyAlgorithm):
 
     :param policy: policy class or its alias ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
     :param env: environment or the id of a registered one
-    :param learning_rate: of the policy; a float or a schedule of the remaining progress (1 to 0)
+    :param learning_rate: of the policy; a float or a schedule of the remaining progress (1 to 0). Critics and temperature
+        learn at fixed shares of it, ``CRITIC_RATE`` and ``ENT_COEF_RATE``, unless given rates of their own
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: steps with random actions before the first update
     :param batch_size: replayed transitions of each critic and policy update
-    :param tau: soft update coefficient of the target critics, in (0, 1]
+    :param tau: soft update coefficient of the target critics, in [0, 1]
     :param gamma: discount factor
     :param train_freq: update every ``train_freq`` steps of the vectorised environment, or ``(n, "episode")``
     :param gradient_steps: critic updates each time; -1 for as many as transitions were collected
@@ -106,15 +110,15 @@ class AGPO(OffPolicyAlgorithm):
         updates; usual range 32 to 512
     :param rollout_epochs: policy updates on each batch of fresh windows; 0 turns them off
     :param gate: rule of the gate, an instance of :class:`~sb3_agpo.agpo.gates.Gate` or any callable of its signature
-    :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
+    :param critic_learning_rate: of the critics, a float or a schedule; None for ``CRITIC_RATE`` times ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
-        windows, which stands for many of them, takes a longer step. None for ``learning_rate``
+        windows, which stands for many of them, takes a longer step. None for ``ENT_COEF_RATE`` times ``learning_rate``
     :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It about doubles the cost of an
         update, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
         none where fresh windows train the policy and 1 where they do not
-    :param max_grad_norm: the policy gradient of fresh windows is clipped to this norm
+    :param max_grad_norm: the policy gradient is clipped to this norm, where fresh windows train the policy
     :param exploration_noise: noise of the policy's own Gaussian while it collects: "white" as in SAC, or "pink", correlated
         over time (see :mod:`sb3_agpo.agpo.pink_noise`). Where there are no derivatives, under gSDE and with
         ``action_noise`` it is white
@@ -171,8 +175,8 @@ class AGPO(OffPolicyAlgorithm):
         rollout_size: int = 64,
         rollout_epochs: int = 4,
         gate: Gate | Callable[[th.Tensor, th.Tensor, int], th.Tensor] | None = None,
-        critic_learning_rate: float | Schedule | None = 5e-4,
-        ent_coef_learning_rate: float | Schedule | None = 3e-4,
+        critic_learning_rate: float | Schedule | None = None,
+        ent_coef_learning_rate: float | Schedule | None = None,
         critic_grad_coef: float = 0.0,
         critic_grad_batch_size: int = 32,
         policy_delay: int | None = None,
@@ -266,15 +270,18 @@ class AGPO(OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._setup_entropy()
-        self.critic_lr_schedule = self._schedule_or_policys(self.critic_learning_rate)
-        self.ent_coef_lr_schedule = self._schedule_or_policys(self.ent_coef_learning_rate)
+        self.critic_lr_schedule = self._own_or_shared_schedule(self.critic_learning_rate, CRITIC_RATE)
+        self.ent_coef_lr_schedule = self._own_or_shared_schedule(self.ent_coef_learning_rate, ENT_COEF_RATE)
         self.rollout_buffer = self._empty_rollout_buffer()
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
 
-    def _schedule_or_policys(self, learning_rate: float | Schedule | None) -> FloatSchedule:
-        """A learning rate's schedule; None stands for that of the policy."""
-        return FloatSchedule(self.learning_rate if learning_rate is None else learning_rate)
+    def _own_or_shared_schedule(self, learning_rate: float | Schedule | None, share: float) -> FloatSchedule:
+        """The schedule of a learning rate; None stands for a share of the policy's."""
+        if learning_rate is not None:
+            return FloatSchedule(learning_rate)
+        of_policy = self.lr_schedule
+        return FloatSchedule(lambda progress_remaining: share * of_policy(progress_remaining))
 
     def _choose_n_steps(self) -> None:
         """Resolve ``n_steps=None``, and let SB3 choose its n-step buffer anew for a loaded model."""
@@ -503,7 +510,10 @@ class AGPO(OffPolicyAlgorithm):
         """Critic updates per replayed policy update: without windows these are the only ones."""
         if self.policy_delay is not None:
             return self.policy_delay
-        return 0 if self.dynamics is not None and self.rollout_epochs > 0 else 1
+        return 0 if self._trains_on_windows() else 1
+
+    def _trains_on_windows(self) -> bool:
+        return self.dynamics is not None and self.rollout_epochs > 0
 
     def _current_ent_coef(self) -> th.Tensor:
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
@@ -529,7 +539,8 @@ class AGPO(OffPolicyAlgorithm):
         self._set_critic_trainable(False)
         loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
         self._record("actor_loss", loss.item())
-        self._step("actor", self.actor.optimizer, loss)
+        # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
+        self._step("actor", self.actor.optimizer, loss, self.max_grad_norm if self._trains_on_windows() else math.inf)
         self._set_critic_trainable(True)
         self._update_temperature(log_prob, 1.0)
 
@@ -767,6 +778,8 @@ class AGPO(OffPolicyAlgorithm):
             "critic_target",
             "dynamics",
             "derivative_buffer",
+            "critic_lr_schedule",  # made anew from the learning rates
+            "ent_coef_lr_schedule",
             "_statistics",
             "_acting_noise",
             "_noise_processes",

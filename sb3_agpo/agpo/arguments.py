@@ -166,7 +166,10 @@ def _train_freq(name: str, value: Any) -> None:
         value, unit = value
         if unit not in ("step", "episode"):
             raise ValueError(f'the unit of `{name}` must be "step" or "episode", got {unit!r}')
-    check_integer(name, value, 1, 'pass a number of steps, or a pair such as (1, "episode")')
+    try:
+        check_integer(name, value, 1, 'pass a number of steps, or a pair such as (1, "episode")')
+    except TypeError as error:  # SB3's kind of error for this argument, of any type
+        raise ValueError(str(error)) from None
 
 
 def _ent_coef(name: str, value: Any) -> None:
@@ -227,7 +230,7 @@ CHECKS: dict[str, Check] = {
     "buffer_size": _integer(1, "pass a number of transitions, such as 1_000_000"),
     "learning_starts": _integer(0, "pass a number of steps"),
     "batch_size": _integer(1, "pass a number of transitions, such as 256"),
-    "tau": _number(0.0, 1.0, "usual values are 0.005 to 0.05", open_low=True),
+    "tau": _number(0.0, 1.0, "usual values are 0.005 to 0.05"),
     "gamma": _number(0.0, 1.0, "usual values are 0.95 to 0.999"),
     "train_freq": _train_freq,
     "gradient_steps": _integer(-1, "pass a number of updates, or -1 for one per transition collected"),
