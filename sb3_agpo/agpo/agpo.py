@@ -280,8 +280,7 @@ class AGPO(OffPolicyAlgorithm):
         """The schedule of a learning rate; None stands for a share of the policy's."""
         if learning_rate is not None:
             return FloatSchedule(learning_rate)
-        of_policy = self.lr_schedule
-        return FloatSchedule(lambda progress_remaining: share * of_policy(progress_remaining))
+        return FloatSchedule(lambda progress_remaining: share * self.lr_schedule(progress_remaining))
 
     def _choose_n_steps(self) -> None:
         """Resolve ``n_steps=None``, and let SB3 choose its n-step buffer anew for a loaded model."""
