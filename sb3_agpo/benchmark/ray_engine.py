@@ -8,7 +8,6 @@ output, AGPO goes on from its last checkpoint, and everything else starts over.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,22 +19,10 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import find_algorithm
-from sb3_agpo.benchmark.learning import thread_variables, title
+from sb3_agpo.benchmark.learning import title
+from sb3_agpo.benchmark.ray_cluster import Queue, connected, ray
 from sb3_agpo.benchmark.recovery import Recovery
 from sb3_agpo.benchmark.run import BusyError, RunPlan, claimed, complete_row, describe, learn, prepare
-
-# Ray 2 reports how it is used to its makers unless told otherwise, and this package sends nothing anywhere by itself
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Workers of a cluster that is started here have the priority of other processes. Ray would give them the lowest but a few,
-# which leaves them next to nothing where anything else runs
-os.environ.setdefault("RAY_worker_niceness", "0")
-try:
-    import ray
-    from ray.util.queue import Queue
-except ImportError as error:
-    raise ImportError(
-        f"--engine ray needs Ray, which cannot be imported ({error}); install it with: pip install 'sb3-agpo[ray]'"
-    ) from error
 
 POLL = 0.2  # seconds between two looks at the cluster
 
@@ -111,26 +98,21 @@ class RayPool:
         :raises ConnectionError: if there is no cluster at the address
         """
         threads = self.plans[0].threads
-        if self.address is None:
-            with thread_variables(threads):  # which the workers inherit; those of other clusters have Ray's own limit
-                ray.init(num_cpus=self.processes * threads, include_dashboard=False, log_to_driver=False)
-        else:
-            ray.init(address=self.address, log_to_driver=False)
         try:
-            self.news = Queue(actor_options={"num_cpus": 0})
-            # Repeated by us and not by Ray, which would do so silently; a worker serves one run, as a process does
-            self.task = ray.remote(num_cpus=threads, max_retries=0, max_calls=1)(remote_run)
-            for index, plan in enumerate(self.plans):
-                self._claim(index, plan)
-            while self.pending:
-                finished, _ = ray.wait(list(self.pending), timeout=POLL)
-                self._hear()
-                for task in finished:
-                    self._finish(task)
+            with connected(self.address, self.processes, threads):
+                self.news = Queue(actor_options={"num_cpus": 0})
+                # Repeated by us and not by Ray, which would do so silently; a worker serves one run, as a process does
+                self.task = ray.remote(num_cpus=threads, max_retries=0, max_calls=1)(remote_run)
+                for index, plan in enumerate(self.plans):
+                    self._claim(index, plan)
+                while self.pending:
+                    finished, _ = ray.wait(list(self.pending), timeout=POLL)
+                    self._hear()
+                    for task in finished:
+                        self._finish(task)
         finally:
             for run in self.runs.values():
                 run.claim.close()
-            ray.shutdown()
             self.bar.close()
         return self.failed
 

@@ -34,11 +34,14 @@ MODULES = {
     "record_training": "rl_zoo3.record_training",
     "benchmark": "rl_zoo3.benchmark",
 }
+#: the search with its trials on Ray, which is not the zoo's
+RAY_SEARCH = "optimize_on_ray"
 USAGE = f"""usage: {PROGRAM} SCRIPT [ARGUMENTS]
 
 Runs a script of RL Baselines3 Zoo with `--algo agpo` among the algorithms:
   {", ".join([*FUNCTIONS, *MODULES])}
-`optimize` is `train -optimize`. `{PROGRAM} SCRIPT --help` lists a script's arguments."""
+`optimize` is `train -optimize`; `{RAY_SEARCH}` is the same with its trials on a Ray cluster.
+`{PROGRAM} SCRIPT --help` lists a script's arguments."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,9 +55,18 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0 if arguments else EXIT_USAGE
     script, *rest = arguments
-    if script not in FUNCTIONS and script not in MODULES:
+    if script not in (*FUNCTIONS, *MODULES, RAY_SEARCH):
         print(f"{PROGRAM}: there is no script {script!r}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
+    try:
+        register()
+        if script == RAY_SEARCH:
+            from sb3_agpo.zoo.ray_search import main as search  # here, as Ray is optional
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if script == RAY_SEARCH:
+        return search(rest)
     run(script, rest)
     return 0
 
@@ -70,7 +82,7 @@ def run(script: str, arguments: Sequence[str]) -> None:
     if script == "optimize":
         arguments = ["-optimize", *arguments]
     with ExitStack() as stack:
-        stack.enter_context(_command_line([f"{PROGRAM} {script}", *arguments]))
+        stack.enter_context(command_line([f"{PROGRAM} {script}", *arguments]))
         if script in FUNCTIONS:
             module, name = FUNCTIONS[script]
             getattr(importlib.import_module(module), name)()
@@ -82,7 +94,7 @@ def run(script: str, arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def _command_line(arguments: list[str]) -> Iterator[None]:
+def command_line(arguments: list[str]) -> Iterator[None]:
     """
     Put a command line where ``argparse`` finds it.
 

@@ -1,0 +1,94 @@
+"""The zoo's search with its trials on a real Ray cluster of this machine."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from zoo_runs import QUICK, SMALL
+
+from sb3_agpo.zoo.scripts import main
+
+pytest.importorskip("ray")
+from sb3_agpo.zoo.ray_search import absolute_storage, open_storage  # needs Ray
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures in windows."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+
+def command(journal: Path, *changes: str) -> list[str]:
+    """Command line of a small search."""
+    return [
+        "optimize_on_ray", *QUICK, "--storage", str(journal), "--study-name", "agpo", "-n", "150", "--n-evaluations", "1",
+        "--eval-episodes", "1", "--pruner", "none", "--sampler", "random", *changes, "-params", *SMALL,
+    ]  # fmt: skip
+
+
+def kill_a_worker(journal: Path, killed: list[int]) -> None:
+    """Wait until a trial runs, and kill a worker of the cluster."""
+    import psutil
+
+    while not (journal.exists() and '"worker":' in journal.read_text()):
+        time.sleep(0.01)
+    workers = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::remote_trial")]
+    os.kill(workers[0].pid, signal.SIGKILL)
+    killed.append(workers[0].pid)
+
+
+@pytest.mark.slow
+def test_trial_of_a_killed_worker_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All trials are there in the end, and the one that was cut off does not count as running."""
+    pytest.importorskip("psutil")
+    journal = tmp_path / "study.log"
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(journal, killed), daemon=True)
+    killer.start()
+    assert main(command(journal, "--n-trials", "2", "--processes", "1")) == 0
+    killer.join(timeout=5)
+    assert len(killed) == 1
+    output = capsys.readouterr().out
+    assert output.count("attempt 2 of 3") == 1 and "(2 of 2)" in output and "train with --trial-id" in output
+    trials = optuna.load_study(study_name="agpo", storage=open_storage(str(journal))).trials
+    states = [trial.state for trial in trials]
+    assert sorted(states) == sorted([TrialState.FAIL, *[TrialState.COMPLETE] * 2])
+    drawn = [trial.params["learning_rate"] for trial in trials if trial.params]
+    assert len(set(drawn)) == len(drawn)  # each with a seed of its own
+
+
+@pytest.mark.slow
+def test_search_that_cannot_work_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the attempts at one trial no others are begun."""
+    assert main(command(tmp_path / "study.log", "--n-trials", "9", "--retries", "0", "--optimise-fast")) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("unrecognized arguments: --optimise-fast") == 1
+    assert "9 of 9 trials are missing" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--n-trials", "0"], "--n-trials is 0"),
+        (["--n-trials", "2", "--retries", "-1"], "--retries is -1"),
+        (["--n-trials", "2", "--n-jobs", "2"], "use --processes"),
+        (["--max-total-trials", "2"], "use --n-trials"),
+    ],
+)
+def test_wrong_options(changes: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(command(tmp_path / "study.log", *changes))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "study.log").exists()
+
+
+def test_storages_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_storage("logs/study.log") == str(tmp_path / "logs/study.log")
+    assert absolute_storage("sqlite:///study.db") == f"sqlite:///{tmp_path}/study.db"
+    assert absolute_storage("postgresql://server/studies") == "postgresql://server/studies"
