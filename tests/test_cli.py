@@ -51,6 +51,13 @@ def test_exit_codes_are_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no seed" in capsys.readouterr().err
 
 
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a command's module cannot be imported."""
+    monkeypatch.setitem(sys.modules, "sb3_agpo.benchmark.report", None)
+    assert cli.main(["benchmark", "report"]) == 2
+    assert "needs the extra 'plot': pip install" in capsys.readouterr().err
+
+
 def test_training_is_with_agpo() -> None:
     """Without ``--algo``; with another one the zoo's own is used."""
     pytest.importorskip("rl_zoo3")

@@ -387,8 +387,10 @@ def test_registration_in_a_users_own_script() -> None:
     assert "agpo" in python("-c", own, "--help")
 
 
-def test_without_the_zoo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_zoo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The hyperparameters are there; registering names the extra to install."""
     monkeypatch.setitem(sys.modules, "rl_zoo3.exp_manager", None)
     with pytest.raises(ImportError, match=r"pip install 'sb3-agpo\[zoo\]'"):
         register()
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.startswith("error: RL Baselines3 Zoo cannot be imported")

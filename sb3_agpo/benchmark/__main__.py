@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+EXIT_USAGE = 2  # what argparse exits with
 # Command -> what it does. The module of the same name in this package has ``add_arguments(parser)`` and
 # ``main(options) -> int``; it is imported only when its command is asked for, as each pulls in heavy libraries.
 COMMANDS = {
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command, description in COMMANDS.items():
         subparser = subparsers.add_parser(command, help=description, description=description)
         if command in arguments[:1]:
-            module = importlib.import_module(f"sb3_agpo.benchmark.{command}")
+            try:
+                module = importlib.import_module(f"sb3_agpo.benchmark.{command}")
+            except ImportError as error:
+                print(f"error: `{command}` needs the extra 'plot': pip install 'sb3-agpo[plot]' ({error})", file=sys.stderr)
+                return EXIT_USAGE
             module.add_arguments(subparser)
             subparser.set_defaults(main=module.main)
     options = parser.parse_args(arguments)
@@ -40,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         # Wrong options are the user's to correct: the message says how, a traceback would only hide it.
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
 
 
 if __name__ == "__main__":
