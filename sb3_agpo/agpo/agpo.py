@@ -332,6 +332,8 @@ class AGPO(OffPolicyAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
+        self._critic_parameters = list(self.critic.parameters())
+        self._target_parameters = list(self.critic_target.parameters())
 
     def _setup_entropy(self) -> None:
         if self.target_entropy == "auto":
@@ -608,7 +610,7 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_target(self) -> None:
         with th.no_grad():
-            th._foreach_lerp_(list(self.critic_target.parameters()), list(self.critic.parameters()), self.tau)
+            th._foreach_lerp_(self._target_parameters, self._critic_parameters, self.tau)
         # Running statistics of batch normalisation are copied, see SB3 GH issue #996
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
@@ -775,6 +777,8 @@ class AGPO(OffPolicyAlgorithm):
             "actor",
             "critic",
             "critic_target",
+            "_critic_parameters",
+            "_target_parameters",
             "dynamics",
             "derivative_buffer",
             "critic_lr_schedule",  # made anew from the learning rates

@@ -43,6 +43,8 @@ NOT_ATTRIBUTES = (
     "actor",
     "critic",
     "critic_target",
+    "_critic_parameters",
+    "_target_parameters",
     "log_ent_coef",
     "ent_coef_tensor",
     "ent_coef_optimizer",

@@ -17,7 +17,13 @@ from sb3_agpo.benchmark.speed_derivatives import (
 from sb3_agpo.benchmark.speed_learning import MEMORY_LIMIT, measure_growth, measure_learning, project_memory
 from sb3_agpo.benchmark.speed_profile import PARTS, measure_limit, measure_part
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians
-from sb3_agpo.benchmark.speed_updates import measure_critic, measure_matching, measure_policy, measure_windows
+from sb3_agpo.benchmark.speed_updates import (
+    measure_critic,
+    measure_matching,
+    measure_policy,
+    measure_products,
+    measure_windows,
+)
 from sb3_agpo.benchmark.speed_vec_env import measure_dummy, measure_subproc
 
 
@@ -113,6 +119,7 @@ MEASURES: dict[str, Measure] = {
     "critic_update_matching": Measure(
         measure_matching, _UPDATE, "critics, gradient matching", "SAC's critics", (Goal(1.3, True),)
     ),
+    "critic_products": Measure(measure_products, _UPDATE, "matrix products of a critic update alone", "SAC's critics"),
     "policy_update": Measure(measure_policy, _UPDATE, "policy, replayed states", "SAC's policy", (Goal(1.0, True),)),
     "window_update": Measure(measure_windows, _UPDATE, "policy, fresh windows", "SAC's policy"),
     "learn": Measure(
@@ -154,7 +161,7 @@ def _jacobian(threads: Sequence[int]) -> Iterator[Case]:
     yield from _product(["transition_fd"], EULER_TASKS, [1], [1])
 
 
-_UPDATES = ("critic_update", "critic_update_matching", "policy_update", "window_update")
+_UPDATES = ("critic_update", "critic_update_matching", "critic_products", "policy_update", "window_update")
 _PROFILE = (*(f"profile_{part}" for part in PARTS), "profile_limit")
 
 #: section -> its rows, for numbers of threads to measure with

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFreq, TrainFrequencyUnit
@@ -156,6 +158,45 @@ def measure_windows(case: Case, effort: Effort) -> Medians:
     :return: milliseconds per update
     """
     return _measure(case, effort, lambda model: model._update_policy_from_windows(), "policy")
+
+
+def measure_products(case: Case, effort: Effort) -> Medians:
+    """
+    The matrix products of a critic update and nothing else, which is what no implementation in this precision undercuts.
+
+    :param case: task and threads
+    :param effort: how long
+    :return: milliseconds per update
+    """
+    pairs = factors(make_learners(case.task).ours)
+
+    def multiply(_: AGPO) -> None:
+        for left, right in pairs:
+            th.matmul(left, right)
+
+    return _measure(case, effort, multiply, "critic")
+
+
+def factors(model: AGPO) -> list[tuple[th.Tensor, th.Tensor]]:
+    """
+    Matrices that are multiplied in a critic update.
+
+    :param model: for the sizes of its networks
+    :return: pairs of factors; those of several critics are multiplied in a batch
+    """
+    assert model.action_space.shape is not None and model.observation_space.shape is not None
+    n_observations, n_actions = model.observation_space.shape[0], model.action_space.shape[0]
+    n_critics = model.critic.n_critics
+    actor = pairwise([n_observations, *NET_ARCH, 2 * n_actions])
+    pairs = [(th.ones(BATCH_SIZE, width_in), th.ones(width_in, width_out)) for width_in, width_out in actor]
+    for depth, (width_in, width_out) in enumerate(pairwise([n_observations + n_actions, *NET_ARCH, 1])):
+        inputs, outputs = (th.ones(n_critics, BATCH_SIZE, width) for width in (width_in, width_out))
+        weights = th.ones(n_critics, width_in, width_out)
+        pairs += [(inputs, weights)] * 2  # target critics and critics
+        pairs.append((inputs.mT, outputs))  # gradient of the weights
+        if depth > 0:
+            pairs.append((outputs, weights.mT))  # gradient of the inputs
+    return pairs
 
 
 def _update_critic(model: AGPO, matching: float) -> None:
