@@ -30,6 +30,9 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "li
 myst_linkify_fuzzy_links = False  # else "report.md" would be taken for a web address
 myst_heading_anchors = 3
 
+# AGPO's page shows classes by the names that users import; followed to their modules, source pages would link back to these
+# names, which have no place in the reference.
+viewcode_follow_imported_members = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "separated"

@@ -69,7 +69,7 @@ def _draw_roughness(axes: Axes, found: Inspection) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("roughness")
     axes.set_xlabel("step")
-    axes.set_title("Roughness: change of the derivatives, 0 none, 1 nothing in common", loc="left")
+    axes.set_title("Roughness: relative change of the derivatives, at most 1", loc="left")
     touching = np.array([len(pairs) for pairs in found.recording.contacts])
     if touching.any():
         twin = axes.twinx()
