@@ -27,6 +27,7 @@ def command(journal: Path, *changes: str) -> list[str]:
     """Command line of a small search."""
     return [
         "optimize_on_ray", *QUICK, "--storage", str(journal), "--study-name", "agpo", "-n", "150", "--n-evaluations", "1",
+        "-f", str(journal.parent / "logs"),
         "--eval-episodes", "1", "--pruner", "none", "--sampler", "random", *changes, "-params", *SMALL,
     ]  # fmt: skip
 
@@ -60,6 +61,7 @@ def test_trial_of_a_killed_worker_is_replaced(tmp_path: Path, capsys: pytest.Cap
     assert sorted(states) == sorted([TrialState.FAIL, *[TrialState.COMPLETE] * 2])
     drawn = [trial.params["learning_rate"] for trial in trials if trial.params]
     assert len(set(drawn)) == len(drawn)  # each with a seed of its own
+    assert not (tmp_path / "logs").exists()  # where `enjoy` would look for an agent
 
 
 @pytest.mark.slow

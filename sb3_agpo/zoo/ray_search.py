@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
@@ -145,8 +146,10 @@ def remote_trial(folder: Path, arguments: list[str], worker: str) -> None:
         os.chdir(folder)
     said = io.StringIO()
     try:
-        with command_line([f"{PROGRAM} {RAY_SEARCH}", *arguments]), redirect_stderr(said):
-            rl_zoo3.train.train()
+        # What the zoo logs of a search is a folder with no agent in it, which it would later take for the latest experiment
+        with TemporaryDirectory() as logs, redirect_stderr(said):
+            with command_line([f"{PROGRAM} {RAY_SEARCH}", *arguments, "--log-folder", logs]):
+                rl_zoo3.train.train()
     except SystemExit as end:
         raise ValueError(said.getvalue().strip().splitlines()[-1] if said.getvalue() else f"exit code {end.code}") from end
 
