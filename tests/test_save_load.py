@@ -218,7 +218,7 @@ def test_save_and_load_policy(use_sde: bool, share: bool, tmp_path: Path) -> Non
     kwargs = {"share_features_extractor": share, "layer_norm": False, "net_arch": {"pi": [8], "qf": [8, 4]}, "n_critics": 3}
     model = small_model("Pendulum-v1", policy_kwargs=kwargs, use_sde=use_sde).learn(40)
     model.policy.save(tmp_path / "policy.pt")
-    model.policy.actor.save(tmp_path / "actor.pt")
+    model.policy.average_actor.save(tmp_path / "actor.pt")
     policy = AGPOPolicy.load(tmp_path / "policy.pt")
     actor = Actor.load(tmp_path / "actor.pt")
     assert all(th.equal(a, b) for a, b in zip(model.policy.parameters(), policy.parameters(), strict=True))

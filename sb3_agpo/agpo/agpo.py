@@ -61,6 +61,8 @@ N_STEPS = 3
 #: learning rates of the critics and of the temperature, in shares of ``learning_rate``, where none are given
 CRITIC_RATE = 0.5
 ENT_COEF_RATE = 0.3
+#: critic updates per policy update on replayed transitions, where fresh windows train the policy too
+POLICY_DELAY_BESIDE_WINDOWS = 16
 #: transitions that one update of the temperature may stand for
 LONGEST_TEMPERATURE_STEP = 32
 #: derivatives over which the share of invalid ones is watched
@@ -117,8 +119,10 @@ class AGPO(OffPolicyAlgorithm):
         update, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
-        none where fresh windows train the policy and 1 where they do not
+        ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
     :param max_grad_norm: the policy gradient is clipped to this norm, where fresh windows train the policy
+    :param policy_tau: soft update coefficient, in (0, 1], of the averaged policy that ``predict`` follows when
+        ``deterministic``; 1 for the policy as it is
     :param exploration_noise: noise of the policy's own Gaussian while it collects: "white" as in SAC, or "pink", correlated
         over time (see :mod:`sb3_agpo.agpo.pink_noise`). Where there are no derivatives, under gSDE and with
         ``action_noise`` it is white
@@ -181,6 +185,7 @@ class AGPO(OffPolicyAlgorithm):
         critic_grad_batch_size: int = 32,
         policy_delay: int | None = None,
         max_grad_norm: float = 1.0,
+        policy_tau: float = 0.01,
         exploration_noise: str = "white",
         derivative_memory: float = 0.5,
         finite_differences: FiniteDifferences | None = None,
@@ -238,6 +243,7 @@ class AGPO(OffPolicyAlgorithm):
         self.critic_grad_coef, self.critic_grad_batch_size = critic_grad_coef, critic_grad_batch_size
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
+        self.policy_tau = policy_tau
         self.exploration_noise = exploration_noise
         self.derivative_memory = derivative_memory
         self.finite_differences = finite_differences or FiniteDifferences()
@@ -269,6 +275,8 @@ class AGPO(OffPolicyAlgorithm):
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.actor_batch_norm_stats = get_parameters_by_name(self.actor, ["running_"])
+        self.average_batch_norm_stats = get_parameters_by_name(self.policy.average_actor, ["running_"])
         self._setup_entropy()
         self.critic_lr_schedule = self._own_or_shared_schedule(self.critic_learning_rate, CRITIC_RATE)
         self.ent_coef_lr_schedule = self._own_or_shared_schedule(self.ent_coef_learning_rate, ENT_COEF_RATE)
@@ -332,8 +340,10 @@ class AGPO(OffPolicyAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        self._critic_parameters = list(self.critic.parameters())
-        self._target_parameters = list(self.critic_target.parameters())
+        self._critic_parameters: list[th.Tensor] = list(self.critic.parameters())
+        self._target_parameters: list[th.Tensor] = list(self.critic_target.parameters())
+        self._actor_parameters: list[th.Tensor] = list(self.actor.parameters())
+        self._average_parameters: list[th.Tensor] = list(self.policy.average_actor.parameters())
 
     def _setup_entropy(self) -> None:
         if self.target_entropy == "auto":
@@ -508,10 +518,10 @@ class AGPO(OffPolicyAlgorithm):
         update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
 
     def _current_policy_delay(self) -> int:
-        """Critic updates per replayed policy update: without windows these are the only ones."""
+        """Critic updates per replayed policy update, which remind the policy of states that fresh windows do not visit."""
         if self.policy_delay is not None:
             return self.policy_delay
-        return 0 if self._trains_on_windows() else 1
+        return POLICY_DELAY_BESIDE_WINDOWS if self._trains_on_windows() else 1
 
     def _trains_on_windows(self) -> bool:
         return self.dynamics is not None and self.rollout_epochs > 0
@@ -543,6 +553,7 @@ class AGPO(OffPolicyAlgorithm):
         # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
         self._step("actor", self.actor.optimizer, loss, self.max_grad_norm if self._trains_on_windows() else math.inf)
         self._set_critic_trainable(True)
+        self._update_average_policy()
         self._update_temperature(log_prob, 1.0)
 
     def _set_critic_trainable(self, trainable: bool) -> None:
@@ -570,6 +581,7 @@ class AGPO(OffPolicyAlgorithm):
         for name, value in gradient_statistics(update.gradient, update.critic.q_a, windows.mask).items():
             self._record(name, value)
         self._record("policy_grad_norm", self._step("actor", self.actor.optimizer, update.loss, self.max_grad_norm))
+        self._update_average_policy()
         with th.no_grad():  # fresh noise: that of recorded actions was seen by the policy that it made better
             _, log_prob = sample_actions(self.actor, windows.observations.flatten(0, 1))
         self._update_temperature(log_prob, self.rollout_size / self.rollout_epochs)
@@ -613,6 +625,11 @@ class AGPO(OffPolicyAlgorithm):
             th._foreach_lerp_(self._target_parameters, self._critic_parameters, self.tau)
         # Running statistics of batch normalisation are copied, see SB3 GH issue #996
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+
+    def _update_average_policy(self) -> None:
+        with th.no_grad():
+            th._foreach_lerp_(self._average_parameters, self._actor_parameters, self.policy_tau)
+        polyak_update(self.actor_batch_norm_stats, self.average_batch_norm_stats, 1.0)
 
     # ------------------------------------------------------------------ logging
 
@@ -779,6 +796,8 @@ class AGPO(OffPolicyAlgorithm):
             "critic_target",
             "_critic_parameters",
             "_target_parameters",
+            "_actor_parameters",
+            "_average_parameters",
             "dynamics",
             "derivative_buffer",
             "critic_lr_schedule",  # made anew from the learning rates

@@ -164,6 +164,9 @@ class AGPOPolicy(SACPolicy):
     """
     Actor and critics of AGPO. The actor is SAC's; the critics are smooth, normalised and evaluated together.
 
+    ``average_actor`` is a running average of the actor's weights (Polyak and Juditsky, 1992), which acts where no exploration
+    is asked for: single updates of a policy are noisy, their average is not.
+
     Parameters are those of SB3's ``SACPolicy``, and:
 
     :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
@@ -172,6 +175,7 @@ class AGPOPolicy(SACPolicy):
 
     critic: EnsembleCritic  # type: ignore[assignment]
     critic_target: EnsembleCritic  # type: ignore[assignment]
+    average_actor: Actor
 
     def __init__(
         self,
@@ -191,6 +195,17 @@ class AGPOPolicy(SACPolicy):
             excluded = any(options.get(name) for name in ("foreach", "differentiable", "capturable"))
             kwargs["optimizer_kwargs"] = {"fused": not excluded, **options}
         super().__init__(observation_space, action_space, lr_schedule, net_arch, activation_fn, *args, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        with th.random.fork_rng(devices=[]):  # the other networks' weights do not depend on there being an average
+            self.average_actor = self.make_actor()
+        self.average_actor.load_state_dict(self.actor.state_dict())
+        self.average_actor.requires_grad_(False).set_training_mode(False)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        actor = self.average_actor if deterministic else self.actor
+        return actor(observation, deterministic)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> EnsembleCritic:  # type: ignore[override]
         """

@@ -1,0 +1,59 @@
+"""The averaged policy that acts deterministically."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_agpo import AGPO
+from small_models import small_model
+
+
+def test_average_follows_the_recursion() -> None:
+    """After each policy update, the average moves by ``policy_tau`` of the way to the policy."""
+    model = small_model("Pendulum-v1", policy_tau=0.25)
+    expected = [weights.clone() for weights in model.actor.parameters()]
+    update = model._update_average_policy
+
+    def follow() -> None:
+        for mean, weights in zip(expected, model.actor.parameters(), strict=True):
+            mean += 0.25 * (weights.detach() - mean)
+        update()
+
+    model._update_average_policy = follow  # type: ignore[method-assign]
+    model.learn(60)
+    for mean, weights in zip(expected, model.policy.average_actor.parameters(), strict=True):
+        assert th.allclose(mean, weights, atol=1e-6)
+
+
+def test_average_acts_and_the_policy_explores() -> None:
+    model = small_model("Pendulum-v1", policy_tau=0.25).learn(60)
+    obs = np.zeros((1, 3), dtype=np.float32)
+    with th.no_grad():
+        average = model.policy.average_actor(th.as_tensor(obs), deterministic=True).numpy()
+        own = model.actor(th.as_tensor(obs), deterministic=True).numpy()
+    assert not np.allclose(average, own)
+    assert np.allclose(model.predict(obs, deterministic=True)[0], model.policy.unscale_action(average))
+    model.policy.average_actor.load_state_dict({k: 0 * v for k, v in model.actor.state_dict().items()})
+    th.manual_seed(0)
+    explored = model.predict(obs, deterministic=False)[0]
+    th.manual_seed(0)
+    with th.no_grad():
+        sampled = model.actor(th.as_tensor(obs), deterministic=False).numpy()
+    assert np.allclose(explored, model.policy.unscale_action(sampled))
+
+
+def test_without_averaging_the_policy_acts() -> None:
+    model = small_model("Pendulum-v1", policy_tau=1.0).learn(60)
+    for own, average in zip(model.actor.parameters(), model.policy.average_actor.parameters(), strict=True):
+        assert th.equal(own, average)
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_averaging_changes_nothing_in_training(use_sde: bool) -> None:
+    """Neither its random numbers nor its weights."""
+    models: list[AGPO] = [small_model("Pendulum-v1", policy_tau=tau, use_sde=use_sde, seed=0).learn(60) for tau in (0.1, 1.0)]
+    for name in ("actor", "critic"):
+        first, second = (getattr(model, name).parameters() for model in models)
+        assert all(th.equal(a, b) for a, b in zip(first, second, strict=True))
