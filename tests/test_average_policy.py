@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch as th
+from small_models import small_model
 
 from sb3_agpo import AGPO
-from small_models import small_model
 
 
 def test_average_follows_the_recursion() -> None:
