@@ -40,7 +40,7 @@ def sample_agpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         # AGPO's own
         "subsample_steps": trial.suggest_int("subsample_steps", 1, 4),
         "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 3e-3, log=True),
-        "policy_delay": trial.suggest_int("policy_delay", 0, 4),
+        "policy_delay": trial.suggest_categorical("policy_delay", [0, 1, 4, 16, 64]),
         "gradient_mode": trial.suggest_categorical("gradient_mode", GRADIENT_MODES),
         "gate": trial.suggest_categorical("gate", GATES),
         "gate_tolerance": trial.suggest_float("gate_tolerance", 1.0, 100.0, log=True),
