@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch as th
 from torch import nn
 
-from sb3_agpo.agpo.policies import EnsembleCritic, EnsembleLinear
+from sb3_agpo.agpo.policies import AGPOPolicy, EnsembleCritic, EnsembleLinear
 
 StateDict = dict[str, th.Tensor]
+ACTOR, AVERAGE_ACTOR = "actor.", "average_actor."
 
 
 def separate_critics(module: nn.Module) -> StateDict:
@@ -19,10 +20,18 @@ def separate_critics(module: nn.Module) -> StateDict:
     SB3's ``SACPolicy`` with the same architecture loads them: ``net_arch`` and ``activation_fn`` as here, and
     ``layer_norm=False`` here, as its critics have no normalisation.
 
+    SB3's policy has one actor. It becomes the averaged one, so that both act alike without exploration; but where actor and
+    critics share a features extractor, it becomes the one that learns, whose features the critics know.
+
     :param module: a policy, or critics
-    :return: its state dictionary, of which everything but critics is unchanged
+    :return: its state dictionary, of which everything but critics and actor is unchanged
     """
     state = dict(module.state_dict())
+    if isinstance(module, AGPOPolicy):
+        average = _renamed(state, AVERAGE_ACTOR, ACTOR)
+        state = {name: value for name, value in state.items() if not name.startswith(AVERAGE_ACTOR)}
+        if not module.share_features_extractor:
+            state |= average
     names = list(_correspondence(module))
     separate_state = {separate: _swap(state[batched][index], is_matrix) for batched, separate, index, is_matrix in names}
     for batched, *_ in names:
@@ -32,7 +41,8 @@ def separate_critics(module: nn.Module) -> StateDict:
 
 def join_critics(module: nn.Module, separate_state: Mapping[str, th.Tensor]) -> StateDict:
     """
-    The reverse of :func:`separate_critics`: weights of separate critics for ``module.load_state_dict``.
+    The reverse of :func:`separate_critics`: weights of separate critics for ``module.load_state_dict``. The averaged actor
+    begins as the actor.
 
     :param module: a policy, or critics, to load them into; it is not changed
     :param separate_state: state dictionary with separate critics, of SB3's ``SACPolicy`` for example
@@ -49,7 +59,14 @@ def join_critics(module: nn.Module, separate_state: Mapping[str, th.Tensor]) -> 
         raise ValueError(
             f"the weights have {left[0]!r}, for which there is no place; build as many critics, of as many layers"
         )
+    if isinstance(module, AGPOPolicy):
+        state |= _renamed(state, ACTOR, AVERAGE_ACTOR)
     return state | {batched: th.stack(tensors) for batched, tensors in parts.items()}
+
+
+def _renamed(state: StateDict, prefix: str, new_prefix: str) -> StateDict:
+    """The entries below a prefix, below another one."""
+    return {new_prefix + name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _correspondence(module: nn.Module) -> Iterator[tuple[str, str, int, bool]]:
