@@ -237,7 +237,7 @@ class TestCommand:
         ("section", "task", "n_rows"),
         [
             ("vec_env", "Hopper-v5", 2),
-            ("updates", "HalfCheetah-v5", 4),
+            ("updates", "HalfCheetah-v5", 5),
             ("end_to_end", "Hopper-v5", 1),
             ("profile", "Hopper-v5", 10),
         ],

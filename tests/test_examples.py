@@ -34,7 +34,7 @@ RUNS = {
     ),
     "custom_mujoco_env.py": Example("--steps 60", "derivatives: env_step, StandingHopper is a custom MujocoEnv"),
     "torch_environment.py": Example("--steps 300", r"exact \(Crane offers its own derivatives\)"),
-    "own_gate.py": Example("--steps 1100", r"gate_mean +\| 0\.\d+|gate_mean +\| \d\.\d+e-", ("agpo_own_gate.zip",)),
+    "own_gate.py": Example("--steps 1300", r"gate_mean +\| 0\.\d+|gate_mean +\| \d\.\d+e-", ("agpo_own_gate.zip",)),
     "weights_and_biases.py": Example("--steps 300", r"run \w{8}:", ("wandb/offline-run-*/*.wandb",), ("wandb",)),
     "zoo.py": Example("--steps 200", "Mean reward:", ("logs/agpo/InvertedPendulum-v5_1/best_model.zip",), ("rl_zoo3",)),
     "resume_after_kill.py": Example("--steps 600", r"killed, exit code -9\ngoing on at step \d+\n(.*\n)*done: 600 steps"),
