@@ -570,6 +570,21 @@ def test_infinite_horizon_value(handle_timeout_termination: bool) -> None:
     assert abs(value - endless) < 1.0 if handle_timeout_termination else value < endless - 5.0
 
 
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_single_precision_replay_changes_nothing(n_steps: int) -> None:
+    """MuJoCo tasks observe in double precision, networks compute in single precision: the buffer need not hold more."""
+    weights = []
+    for dtype in (np.float32, np.float64):
+        model = small_model("Hopper-v5", n_steps=n_steps)
+        assert model.observation_space.dtype == np.float64
+        for name in ("observations", "next_observations"):
+            stored = getattr(model.replay_buffer, name)
+            assert stored.dtype == np.float32
+            setattr(model.replay_buffer, name, stored.astype(dtype))
+        weights.append(list(model.learn(60).policy.parameters()))
+    assert all(th.equal(single, double) for single, double in zip(*weights, strict=True))
+
+
 def test_learns_identity_with_critic_alone() -> None:
     env = IdentityEnvBox(eps=0.5)
     model = small_model(

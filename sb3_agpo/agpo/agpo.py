@@ -272,6 +272,7 @@ class AGPO(OffPolicyAlgorithm):
         assert self.n_envs == 1 or not episodic, f"You must use only one env when doing episodic training, got {self.n_envs}"
         self._choose_n_steps()
         super()._setup_model()
+        self._store_single_precision()
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
@@ -283,6 +284,20 @@ class AGPO(OffPolicyAlgorithm):
         self.rollout_buffer = self._empty_rollout_buffer()
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
+
+    def _store_single_precision(self) -> None:
+        """Keep replayed observations in the precision of the networks, which is half the memory and the same numbers."""
+        buffer = self.replay_buffer
+        if isinstance(buffer, HerReplayBuffer):  # rewards are computed anew from what it holds
+            return
+        for name in ("observations", "next_observations"):
+            stored = getattr(buffer, name, None)
+            if isinstance(stored, np.ndarray) and stored.dtype == np.float64:
+                setattr(buffer, name, np.zeros(stored.shape, dtype=np.float32))
+            elif isinstance(stored, dict):
+                for key, values in stored.items():
+                    if values.dtype == np.float64:
+                        stored[key] = np.zeros(values.shape, dtype=np.float32)
 
     def _own_or_shared_schedule(self, learning_rate: float | Schedule | None, share: float) -> FloatSchedule:
         """The schedule of a learning rate; None stands for a share of the policy's."""
