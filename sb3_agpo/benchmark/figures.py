@@ -172,7 +172,7 @@ def _finish_task(axes: Axes, task: str, time: str | None) -> None:
     :param task: its name
     :param time: column of the horizontal axis, None: environment steps
     """
-    axes.set_title(task.removesuffix("-v5"))
+    axes.set_title(task.removesuffix("-v5"), fontsize="medium")  # the longest name fits
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
     axes.grid(alpha=0.25)
@@ -215,7 +215,7 @@ def learning_curves(results: Results, algorithms: Sequence[str], path: Path, tim
                     continue  # a mean over other tasks is no comparison
                 _draw_scores(axes, results, algorithm, style)
             axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-            axes.set_title("All tasks, score")
+            axes.set_title("All tasks, score", fontsize="medium")
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
             axes.grid(alpha=0.25)
