@@ -19,7 +19,8 @@ from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean
 Array = NDArray[np.float64]
 
 NONE = "–"  # in an empty cell
-MAIN_VARIANT = "agpo-adaptive"
+#: AGPO among the others: with and without gradient matching
+MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
 
 REACHED_TABLES = {
     "steps": "Environment steps",
@@ -232,7 +233,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
     :return: the Markdown file
     """
     folder.mkdir(parents=True, exist_ok=True)
-    algorithms = [name for name in results.algorithms if name not in ABLATIONS or name == MAIN_VARIANT] or results.algorithms
+    algorithms = [name for name in results.algorithms if name not in ABLATIONS or name in MAIN_VARIANTS] or results.algorithms
     baseline = labels(results, [results.baseline])[0]
     pictures = [f"![{caption}]({name})\n\n" for name, caption in write_figures(results, algorithms, folder, time)]
     parts = [
