@@ -253,7 +253,7 @@ class TestCommand:
     def test_memory(self) -> None:
         effort = Effort(quick=True)
         growth = measure_growth(Case("memory_growth", "Ant-v5", 1, 1), effort)
-        assert growth.reference == pytest.approx(QUICK_GROWTH_STEPS * (2 * 105 * 8 + 8 * 4 + 12) / 1e6)  # MB
+        assert growth.reference == pytest.approx(QUICK_GROWTH_STEPS * (2 * 105 * 4 + 8 * 4 + 12) / 1e6)  # MB
         # Few steps: what the allocator keeps for itself is of the same size
         assert 0.5 * growth.reference < growth.ours < growth.reference + 20.0
         projected = project_memory(Case("memory_1m_steps", "Ant-v5", 1, 1), effort)

@@ -59,7 +59,7 @@ def test_trial_of_a_killed_worker_is_replaced(tmp_path: Path, capsys: pytest.Cap
     trials = optuna.load_study(study_name="agpo", storage=open_storage(str(journal))).trials
     states = [trial.state for trial in trials]
     assert sorted(states) == sorted([TrialState.FAIL, *[TrialState.COMPLETE] * 2])
-    drawn = [trial.params["learning_rate"] for trial in trials if trial.params]
+    drawn = [trial.params["learning_rate"] for trial in trials if "learning_rate" in trial.params]
     assert len(set(drawn)) == len(drawn)  # each with a seed of its own
     assert not (tmp_path / "logs").exists()  # where `enjoy` would look for an agent
 
