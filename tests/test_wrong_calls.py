@@ -96,6 +96,7 @@ ARGUMENTS: list[tuple[dict[str, Any], Wrong]] = [
     ({"tau": -0.1}, value_error("`tau`", "at least 0 and at most 1", "got -0.1", "0.005")),
     ({"tau": 2}, value_error("`tau`", "at most 1", "got 2")),
     ({"policy_tau": 0.0}, value_error("`policy_tau`", "greater than 0 and at most 1", "got 0.0", "averaging off")),
+    ({"trace_distance": 0.0}, value_error("`trace_distance`", "greater than 0", "got 0.0", "infinity never ends")),
     ({"gamma": 1.01}, value_error("`gamma`", "at most 1", "1.01", "0.95 to 0.999")),
     ({"gamma": -0.1}, value_error("`gamma`", "at least 0", "-0.1")),
     ({"gamma": None}, type_error("`gamma`", "a number", "None")),

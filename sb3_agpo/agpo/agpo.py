@@ -19,7 +19,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule, TrainFrequencyUnit
+from stable_baselines3.common.type_aliases import (
+    GymEnv,
+    MaybeCallback,
+    ReplayBufferSamples,
+    RolloutReturn,
+    Schedule,
+    TrainFrequencyUnit,
+)
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -28,6 +35,7 @@ from sb3_agpo.agpo.arguments import check_arguments, check_learn_arguments, chec
 from sb3_agpo.agpo.checkpoint import resume, save_checkpoint
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
 from sb3_agpo.agpo.gates import ConstantGate, Gate, MagnitudeGate
+from sb3_agpo.agpo.n_step import sample_n_step
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
@@ -102,6 +110,9 @@ class AGPO(OffPolicyAlgorithm):
     :param n_steps: steps of the critics' return; None for ``N_STEPS`` where SB3 has a replay buffer for them and 1 where it
         has not (dictionary observations, ``optimize_memory_usage``, a replay buffer class of your own). The
         gradient-matching target always spans one step
+    :param trace_distance: the critics' return ends before an action further than this from what the policy of now does, in
+        its standard deviations (see :func:`~sb3_agpo.agpo.n_step.sample_n_step`); infinity for SB3's return, which never
+        ends early. It has a meaning for SB3's ``NStepReplayBuffer`` only
     :param ent_coef: entropy temperature, "auto" to learn it, "auto_0.1" to start from 0.1
     :param target_update_interval: critic updates between updates of the target critics
     :param target_entropy: entropy that a learned temperature aims at; "auto" for minus the number of action dimensions
@@ -171,6 +182,7 @@ class AGPO(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int | None = None,
+        trace_distance: float = 3.0,
         ent_coef: str | float = "auto_0.1",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
@@ -230,6 +242,7 @@ class AGPO(OffPolicyAlgorithm):
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
         )
+        self.trace_distance = trace_distance
         self.target_entropy = target_entropy
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef = ent_coef
@@ -546,10 +559,10 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_critic(self, batch_size: int) -> None:
         """Temporal differences on replayed transitions, gradient matching on stored derivatives."""
-        data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-        ent_coef = self._current_ent_coef()
         if self.use_sde:
             self.actor.reset_noise()
+        data = self._sample_for_critic(batch_size)
+        ent_coef = self._current_ent_coef()
         loss = temporal_difference_loss(self.policy, data, self.gamma, ent_coef)
         self._record("critic_loss", loss.item())
         if self.critic_grad_coef > 0.0 and self.derivative_buffer.size > 0:
@@ -558,6 +571,14 @@ class AGPO(OffPolicyAlgorithm):
             self._record("matching_loss", matching.item())
             loss = loss + self.critic_grad_coef * matching
         self._step("critic", self.critic.optimizer, loss)
+
+    def _sample_for_critic(self, batch_size: int) -> ReplayBufferSamples:
+        buffer, env = self.replay_buffer, self._vec_normalize_env
+        if type(buffer) is NStepReplayBuffer and buffer.n_steps > 1 and self.trace_distance < math.inf:
+            data, trace_length = sample_n_step(buffer, batch_size, self.actor, self.trace_distance, env)
+            self._record("trace_length", trace_length)
+            return data
+        return buffer.sample(batch_size, env=env)  # type: ignore[union-attr]
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
         """SAC's update of policy and temperature."""

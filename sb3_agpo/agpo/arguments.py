@@ -238,6 +238,7 @@ CHECKS: dict[str, Check] = {
     "replay_buffer_class": _optional(_replay_buffer_class),
     "replay_buffer_kwargs": _optional(_instance(Mapping, "a dictionary of arguments of the replay buffer, or None")),
     "n_steps": _optional(_integer(1, "1 is the usual one-step return, None lets AGPO choose")),
+    "trace_distance": _number(0.0, math.inf, "infinity never ends a return early", open_low=True, finite=False),
     "ent_coef": _ent_coef,
     "target_update_interval": _integer(1, "1 updates the targets after every update of the critics"),
     "target_entropy": _target_entropy,

@@ -37,3 +37,18 @@ def infer_noise(actions: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.T
     """
     gaussian = th.atanh(actions.clamp(-1.0 + EPSILON, 1.0 - EPSILON))
     return ((gaussian - mean) * (-log_std).exp()).clamp(-MAX_NOISE, MAX_NOISE)
+
+
+def action_distance(actions: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> th.Tensor:
+    """
+    How far actions are from what the policy does, before squashing; where both are as good as saturated, not at all.
+
+    :param actions: in [-1, 1], shape ``(n, nu)``
+    :param mean: of the Gaussian, shape ``(n, nu)``
+    :param log_std: shape ``(n, nu)``
+    :return: root mean square over the components of the noise that the policy would need, shape ``(n,)``: near 1 for the
+        policy's own actions
+    """
+    gaussian = th.atanh(actions.clamp(-1.0 + EPSILON, 1.0 - EPSILON))
+    limit = math.atanh(1.0 - EPSILON)
+    return ((gaussian - mean.clamp(-limit, limit)) * (-log_std).exp()).square().mean(-1).sqrt()
