@@ -335,3 +335,18 @@ def test_fused_adam_is_adam() -> None:
             policy.critic.optimizer.step()
     for fused, plain in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
         th.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"activation_fn": nn.RReLU}, {"features_extractor_class": Extractor}])
+def test_training_mode_is_that_of_every_module_that_may_care(kwargs: dict[str, Any], mode: bool) -> None:
+    policy = make_policy(**kwargs)
+    policy.set_training_mode(not mode)
+    policy.set_training_mode(mode)
+    assert policy.training == policy.actor.training == policy.critic.training == mode
+    # RReLU is random in training alone; nobody knows what an extractor of one's own does
+    modules = [*policy.actor.modules(), *policy.critic.modules()]
+    caring = [module for module in modules if isinstance(module, (nn.RReLU, Extractor))]
+    assert bool(caring) == bool(kwargs)
+    assert all(module.training == mode for module in caring)
+    assert not policy.critic_target.training and not policy.average_actor.training

@@ -160,6 +160,14 @@ class EnsembleCritic(BaseModel):
         return self(obs, actions)[0]
 
 
+#: modules that do the same in training and in evaluation
+MODELESS = (
+    *(Actor, EnsembleCritic, EnsembleLinear, EnsembleLayerNorm, FlattenExtractor, NatureCNN, CombinedExtractor),
+    *(nn.Sequential, nn.ModuleDict, nn.Flatten, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity),
+    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh),
+)
+
+
 class AGPOPolicy(SACPolicy):
     """
     Actor and critics of AGPO. The actor is SAC's; the critics are smooth, normalised and evaluated together.
@@ -202,6 +210,21 @@ class AGPOPolicy(SACPolicy):
             self.average_actor = self.make_actor()
         self.average_actor.load_state_dict(self.actor.state_dict())
         self.average_actor.requires_grad_(False).set_training_mode(False)
+        modules = (*self.actor.modules(), *self.critic.modules())
+        self._mode_matters = any(type(module) not in MODELESS for module in modules)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put actor and critics into training or evaluation mode, as SB3 does twice per step.
+
+        Where all modules do the same in both, none is visited: that would take as long as acting.
+
+        :param mode: training, or evaluation
+        """
+        if self._mode_matters:
+            super().set_training_mode(mode)
+        else:
+            self.actor.training = self.critic.training = self.training = mode
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         actor = self.average_actor if deterministic else self.actor
