@@ -144,7 +144,7 @@ def test_infinite_distance_learns_as_with_the_replay_buffer_of_sb3(monkeypatch: 
 
     plain = weights(trace_distance=math.inf)
     cut = weights(trace_distance=3.0)
-    monkeypatch.setattr(AGPO, "_sample_for_critic", lambda self, n: self.replay_buffer.sample(n, env=self._vec_normalize_env))
+    monkeypatch.setattr(AGPO, "_sample_transitions", lambda self, n: self.replay_buffer.sample(n, env=self._vec_normalize_env))
     direct = weights()
     assert all(th.equal(a, b) for a, b in zip(plain, direct, strict=True))
     assert not all(th.equal(a, b) for a, b in zip(cut, direct, strict=True))

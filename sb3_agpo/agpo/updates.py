@@ -17,7 +17,7 @@ from sb3_agpo.agpo.adaptive_gradient import (
     matching_targets,
     policy_loss,
 )
-from sb3_agpo.agpo.policies import Actor, AGPOPolicy
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy, EnsembleCritic
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
 
@@ -28,6 +28,14 @@ class RecordedAction(NamedTuple):
     observations: th.Tensor  # (W, nobs), a leaf of the graph
     actions: th.Tensor  # (W, nu)
     log_prob: th.Tensor  # (W,)
+
+
+class CriticBatch(NamedTuple):
+    """What one update of the critics learns from."""
+
+    observations: Any  # batch of n
+    actions: th.Tensor  # (n, nu), in [-1, 1]
+    targets: th.Tensor  # (n,)
 
 
 class WindowUpdate(NamedTuple):
@@ -80,22 +88,52 @@ def next_values(policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor) -> t
     return policy.critic_target.q_values(observations, actions).min(0).values - ent_coef * log_prob
 
 
-def temporal_difference_loss(policy: AGPOPolicy, data: ReplayBufferSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:
+def temporal_difference_targets(policy: AGPOPolicy, data: ReplayBufferSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:
     """
-    SAC's critic loss.
+    What SAC's critics are trained to predict: the return up to where it ends, and the value there.
 
     :param policy: actor and critics
-    :param data: replayed transitions
+    :param data: replayed transitions, ``n`` of them
     :param gamma: discount factor, where the replay buffer gives none
     :param ent_coef: entropy temperature alpha
-    :return: half the squared error summed over critics
+    :return: shape ``(n,)``, without gradient
     """
     discounts = gamma if data.discounts is None else data.discounts.squeeze(-1)
     with th.no_grad():
         values = next_values(policy, data.next_observations, ent_coef)
-        targets = data.rewards.squeeze(-1) + (1.0 - data.dones.squeeze(-1)) * discounts * values
-    q_values = policy.critic.q_values(data.observations, data.actions)  # (n_critics, n)
-    return 0.5 * (q_values - targets).square().mean(1).sum()
+        return data.rewards.squeeze(-1) + (1.0 - data.dones.squeeze(-1)) * discounts * values
+
+
+def critic_batches(data: ReplayBufferSamples, targets: th.Tensor, batch_size: int) -> list[CriticBatch]:
+    """
+    Cut replayed transitions into batches, one for each update of the critics.
+
+    :param data: replayed transitions, ``n`` of them
+    :param targets: of these, shape ``(n,)``
+    :param batch_size: transitions of each batch
+    :return: views of them
+    """
+    observations: Any = data.observations
+    if isinstance(observations, dict):
+        parts = zip(*(value.split(batch_size) for value in observations.values()), strict=True)
+        split = [dict(zip(observations, part, strict=True)) for part in parts]
+    else:
+        split = observations.split(batch_size)
+    return [
+        CriticBatch(*batch) for batch in zip(split, data.actions.split(batch_size), targets.split(batch_size), strict=True)
+    ]
+
+
+def temporal_difference_loss(critic: EnsembleCritic, batch: CriticBatch) -> th.Tensor:
+    """
+    SAC's critic loss.
+
+    :param critic: the critics
+    :param batch: transitions and their targets
+    :return: half the mean squared error, summed over critics
+    """
+    q_values = critic.q_values(batch.observations, batch.actions)  # (n_critics, n)
+    return 0.5 * (q_values - batch.targets).square().mean(1).sum()
 
 
 def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:

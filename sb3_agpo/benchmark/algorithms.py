@@ -29,7 +29,7 @@ FAST_SETTINGS: dict[str, Any] = {
     "learning_starts": 1000,
     "batch_size": 64,
     "train_freq": 1,
-    "gradient_steps": 1,
+    "gradient_steps": 4,
     "ent_coef": "auto_0.1",
     "n_steps": 3,
 }

@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import polyak_update
 from tqdm import tqdm
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.agpo.updates import gradient_matching_loss, temporal_difference_loss
+from sb3_agpo.agpo.updates import CriticBatch, gradient_matching_loss, temporal_difference_loss, temporal_difference_targets
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 
 
@@ -61,7 +61,8 @@ def refit(model: AGPO, file: str, n_updates: int, matching: float) -> SavedModel
     model.critic.requires_grad_(True)
     for _ in tqdm(range(n_updates), desc=f"refit, matching {matching:g}", unit="update", leave=False):
         data = model.replay_buffer.sample(model.batch_size)
-        loss = temporal_difference_loss(model.policy, data, model.gamma, ent_coef)
+        targets = temporal_difference_targets(model.policy, data, model.gamma, ent_coef)
+        loss = temporal_difference_loss(model.critic, CriticBatch(data.observations, data.actions, targets))
         if matching > 0.0:
             batch = model.derivative_buffer.sample(model.critic_grad_batch_size)
             loss = loss + matching * gradient_matching_loss(model.policy, batch, model.gamma, ent_coef)

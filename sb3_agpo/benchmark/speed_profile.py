@@ -115,7 +115,7 @@ def watch_model(watches: Stopwatches, model: AGPO) -> None:
     watches.watch(recorder.dynamics._stepper, "step", "derivative_physics")
     watches.watch(model, "_differentiate_pending", "derivatives")
     watches.watch(model, "_sample_action", "acting")
-    for method in ("_update_critic", "_update_target"):
+    for method in ("_sample_for_critic", "_update_critic", "_update_target"):
         watches.watch(model, method, "critic")
     for method in ("_update_policy_from_windows", "_update_policy_from_replay"):
         watches.watch(model, method, "policy")

@@ -201,7 +201,8 @@ def factors(model: AGPO) -> list[tuple[th.Tensor, th.Tensor]]:
 
 def _update_critic(model: AGPO, matching: float) -> None:
     model.critic_grad_coef = matching
-    model._update_critic(BATCH_SIZE)
+    for batch in model._sample_for_critic(1, BATCH_SIZE):
+        model._update_critic(batch)
     model._update_target()
 
 
