@@ -593,6 +593,8 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
         """SAC's update of policy and temperature."""
+        if self.use_sde:
+            self.actor.reset_noise()
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
         self._set_critic_trainable(False)
         loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
