@@ -69,9 +69,6 @@ SelfAGPO = TypeVar("SelfAGPO", bound="AGPO")
 
 #: steps of the critics' return by default
 N_STEPS = 3
-#: learning rates of the critics and of the temperature, in shares of ``learning_rate``, where none are given
-CRITIC_RATE = 0.5
-ENT_COEF_RATE = 0.3
 #: critic updates per policy update on replayed transitions, where fresh windows train the policy too
 POLICY_DELAY_BESIDE_WINDOWS = 16
 #: critic updates whose batches are drawn, and whose targets are computed, at once
@@ -99,8 +96,8 @@ class AGPO(OffPolicyAlgorithm):
 
     :param policy: policy class or its alias ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
     :param env: environment or the id of a registered one
-    :param learning_rate: of the policy; a float or a schedule of the remaining progress (1 to 0). Critics and temperature
-        learn at fixed shares of it, ``CRITIC_RATE`` and ``ENT_COEF_RATE``, unless given rates of their own
+    :param learning_rate: of policy, critics and temperature, unless the latter are given rates of their own; a float or a
+        schedule of the remaining progress (1 to 0)
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: steps with random actions before the first update
     :param batch_size: replayed transitions of each critic and policy update
@@ -128,9 +125,9 @@ class AGPO(OffPolicyAlgorithm):
         updates; usual range 32 to 512
     :param rollout_epochs: policy updates on each batch of fresh windows; 0 turns them off
     :param gate: rule of the gate, an instance of :class:`~sb3_agpo.agpo.gates.Gate` or any callable of its signature
-    :param critic_learning_rate: of the critics, a float or a schedule; None for ``CRITIC_RATE`` times ``learning_rate``
+    :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
-        windows, which stands for many of them, takes a longer step. None for ``ENT_COEF_RATE`` times ``learning_rate``
+        windows, which stands for many of them, takes a longer step. None for ``learning_rate``
     :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It about doubles the cost of an
         update, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
@@ -174,7 +171,7 @@ class AGPO(OffPolicyAlgorithm):
         self,
         policy: str | type[AGPOPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int = 1000,
         batch_size: int = 64,
@@ -297,8 +294,8 @@ class AGPO(OffPolicyAlgorithm):
         self.actor_batch_norm_stats = get_parameters_by_name(self.actor, ["running_"])
         self.average_batch_norm_stats = get_parameters_by_name(self.policy.average_actor, ["running_"])
         self._setup_entropy()
-        self.critic_lr_schedule = self._own_or_shared_schedule(self.critic_learning_rate, CRITIC_RATE)
-        self.ent_coef_lr_schedule = self._own_or_shared_schedule(self.ent_coef_learning_rate, ENT_COEF_RATE)
+        self.critic_lr_schedule = self._own_or_shared_schedule(self.critic_learning_rate)
+        self.ent_coef_lr_schedule = self._own_or_shared_schedule(self.ent_coef_learning_rate)
         self.rollout_buffer = self._empty_rollout_buffer()
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
@@ -317,11 +314,11 @@ class AGPO(OffPolicyAlgorithm):
                     if values.dtype == np.float64:
                         stored[key] = np.zeros(values.shape, dtype=np.float32)
 
-    def _own_or_shared_schedule(self, learning_rate: float | Schedule | None, share: float) -> FloatSchedule:
-        """The schedule of a learning rate; None stands for a share of the policy's."""
-        if learning_rate is not None:
-            return FloatSchedule(learning_rate)
-        return FloatSchedule(lambda progress_remaining: share * self.lr_schedule(progress_remaining))
+    def _own_or_shared_schedule(self, learning_rate: float | Schedule | None) -> FloatSchedule:
+        """The schedule of a learning rate; None stands for that of ``learning_rate``, whatever it is by then."""
+        return FloatSchedule(
+            (lambda progress_remaining: self.lr_schedule(progress_remaining)) if learning_rate is None else learning_rate
+        )
 
     def _choose_n_steps(self) -> None:
         """Resolve ``n_steps=None``, and let SB3 choose its n-step buffer anew for a loaded model."""

@@ -20,12 +20,11 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 # What ``sac-fast`` shares with AGPO, so that what is left between the two is AGPO's use of derivatives and nothing else.
-# These are AGPO's own defaults, its number of environments included. SAC has a single learning rate, here that of AGPO's
-# critics.
+# These are AGPO's own defaults, its number of environments included.
 FAST_N_ENVS = 1
 FAST_ACTIVATION: type[nn.Module] = nn.SiLU
 FAST_SETTINGS: dict[str, Any] = {
-    "learning_rate": 5e-4,
+    "learning_rate": 3e-4,
     "learning_starts": 1000,
     "batch_size": 64,
     "train_freq": 1,
