@@ -120,7 +120,7 @@ def test_parameters_given_as_text_reach_agpo(trained: Trained) -> None:
     model = AGPO.load(trained.model)
     assert isinstance(model.gate, VarianceSwitch) and model.gate.ratio == 4.0
     assert model.critic_lr_schedule(0.5) == pytest.approx(2.5e-4)
-    assert (model.rollout_size, model.buffer_size, model._n_updates) == (32, 1000, 15)
+    assert (model.rollout_size, model.buffer_size, model._n_updates) == (32, 1000, 60)
 
 
 def test_continuing_starts_from_the_agent_and_its_memory(trained: Trained, logs: Path) -> None:
