@@ -27,6 +27,21 @@ def test_average_follows_the_recursion() -> None:
         assert th.allclose(mean, weights, atol=1e-6)
 
 
+def test_default_averages_over_a_share_of_all_updates() -> None:
+    """The coefficient is at most 0.01, then 20 over the number of policy updates."""
+    model = small_model("Pendulum-v1")
+    coefficients = []
+    for n_updates in (1, 2_000, 4_000, 20_000):
+        model._n_policy_updates = n_updates - 1
+        with th.no_grad():
+            for mean, weights in zip(model._average_parameters, model._actor_parameters, strict=True):
+                mean.zero_()
+                weights.fill_(1.0)
+        model._update_average_policy()
+        coefficients.append(model._average_parameters[0].flatten()[0].item())
+    assert coefficients == pytest.approx([0.01, 0.01, 0.005, 0.001])
+
+
 def test_average_acts_and_the_policy_explores() -> None:
     model = small_model("Pendulum-v1", policy_tau=0.25).learn(60)
     obs = np.zeros((1, 3), dtype=np.float32)

@@ -73,6 +73,10 @@ N_STEPS = 3
 POLICY_DELAY_BESIDE_WINDOWS = 16
 #: critic updates whose batches are drawn, and whose targets are computed, at once
 BATCHES_AT_ONCE = 4
+#: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
+AVERAGED_POLICY = 20
+#: ... at most this
+LARGEST_POLICY_TAU = 0.01
 #: transitions that one update of the temperature may stand for
 LONGEST_TEMPERATURE_STEP = 32
 #: derivatives over which the share of invalid ones is watched
@@ -135,7 +139,8 @@ class AGPO(OffPolicyAlgorithm):
         ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
     :param max_grad_norm: the policy gradient is clipped to this norm, where fresh windows train the policy
     :param policy_tau: soft update coefficient, in (0, 1], of the averaged policy that ``predict`` follows when
-        ``deterministic``; 1 for the policy as it is
+        ``deterministic``; 1 for the policy as it is. None for an average over the last twentieth of all policy updates, with
+        a coefficient of at most ``LARGEST_POLICY_TAU``
     :param exploration_noise: noise of the policy's own Gaussian while it collects: "white" as in SAC, or "pink", correlated
         over time (see :mod:`sb3_agpo.agpo.pink_noise`). Where there are no derivatives, under gSDE and with
         ``action_noise`` it is white
@@ -199,7 +204,7 @@ class AGPO(OffPolicyAlgorithm):
         critic_grad_batch_size: int = 32,
         policy_delay: int | None = None,
         max_grad_norm: float = 1.0,
-        policy_tau: float = 0.01,
+        policy_tau: float | None = None,
         exploration_noise: str = "white",
         derivative_memory: float = 0.5,
         finite_differences: FiniteDifferences | None = None,
@@ -265,6 +270,7 @@ class AGPO(OffPolicyAlgorithm):
         self.max_invalid_fraction = max_invalid_fraction
         self.dynamics: VecDynamics | None = None
         self.provider_report = ProviderReport("none", "no environment yet")
+        self._n_policy_updates = 0
         self._nonfinite_in_a_row = {"actor": 0, "critic": 0, "ent_coef": 0}  # gradients, by optimiser
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
@@ -673,9 +679,16 @@ class AGPO(OffPolicyAlgorithm):
         polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
 
     def _update_average_policy(self) -> None:
+        """Move the averaged policy towards the policy."""
+        self._n_policy_updates += 1
         with th.no_grad():
-            th._foreach_lerp_(self._average_parameters, self._actor_parameters, self.policy_tau)
+            th._foreach_lerp_(self._average_parameters, self._actor_parameters, self._current_policy_tau())
         polyak_update(self.actor_batch_norm_stats, self.average_batch_norm_stats, 1.0)
+
+    def _current_policy_tau(self) -> float:
+        if self.policy_tau is not None:
+            return self.policy_tau
+        return min(AVERAGED_POLICY / self._n_policy_updates, LARGEST_POLICY_TAU)
 
     # ------------------------------------------------------------------ logging
 

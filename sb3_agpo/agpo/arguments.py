@@ -252,7 +252,7 @@ CHECKS: dict[str, Check] = {
     "critic_grad_batch_size": _integer(1, "usual values are 16 to 256"),
     "policy_delay": _optional(_integer(0, _OFF)),
     "max_grad_norm": _number(0.0, math.inf, "infinity turns clipping off", open_low=True, finite=False),
-    "policy_tau": _number(0.0, 1.0, "1 turns averaging off", open_low=True),
+    "policy_tau": _optional(_number(0.0, 1.0, "1 turns averaging off", open_low=True)),
     "derivative_memory": _number(0.0, math.inf, "pass gigabytes, such as 0.5", open_low=True),
     "finite_differences": _optional(_instance(FiniteDifferences, "a `FiniteDifferences(...)`, or None for its defaults")),
     "max_invalid_fraction": _number(0.0, 1.0, "1 never stops training"),
