@@ -7,11 +7,13 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.figure import Figure
 
-from sb3_agpo.benchmark import records
+from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.report import number
 from sb3_agpo.benchmark.results import Reached, load
@@ -266,3 +268,16 @@ def test_numbers() -> None:
     """About three digits, no exponents."""
     texts = [number(value) for value in (0, 0.994, 9.996, 99.96, -12345.6, float("nan"))]
     assert texts == ["0.00", "0.99", "10.0", "100", "-12346", "–"]
+
+
+@pytest.mark.parametrize("names", [["sac", "agpo-q"], ["sac", *(f"agpo-adaptive-nomatch [{i:08x}]" for i in range(5))]])
+def test_legend_is_no_wider_than_the_figure(names: list[str]) -> None:
+    with mpl.rc_context(figures.FONT):
+        figure = Figure(figsize=(figures.WIDTH, 4.0), layout="constrained")
+        figure.subplots()
+        figures._legend(figure, names, names)
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+    assert box.x0 >= 0.0 and box.x1 <= figure.bbox.x1
+    assert len(legend.get_texts()) == len(names)

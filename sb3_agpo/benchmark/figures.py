@@ -101,6 +101,20 @@ def _draw(axes: Axes, x: Array, center: Array, band: tuple[Array, Array] | None,
     axes.plot(x, center, style.line, color=style.color, linewidth=1.8, marker=style.marker, markersize=4.5, markevery=every)
 
 
+def _legend_columns(algorithms: Sequence[str], names: Sequence[str], width: float) -> int:
+    """
+    Columns of the legend, so that it is no wider than the figure.
+
+    :param algorithms: those that are drawn
+    :param names: all names in the report
+    :param width: of the figure, in inches
+    :return: their number, 1 to 4
+    """
+    longest = max(len(style_of(algorithm, names).label) for algorithm in algorithms)
+    entry = 0.9 + 0.085 * longest  # inches: the line, space, and letters of 11 points
+    return max(1, min(4, len(algorithms), int(width / entry)))
+
+
 def _legend(figure: Figure, algorithms: Sequence[str], names: Sequence[str]) -> None:
     """
     Write a legend above everything.
@@ -115,7 +129,7 @@ def _legend(figure: Figure, algorithms: Sequence[str], names: Sequence[str]) -> 
         line = mpl.lines.Line2D([], [], color=style.color, linestyle=style.line, marker=style.marker, linewidth=1.8)
         line.set_label(style.label)
         handles.append(line)
-    n_columns = min(4, len(handles))
+    n_columns = _legend_columns(algorithms, names, figure.get_figwidth())
     # Matplotlib fills columns, people read rows.
     handles = [handle for column in range(n_columns) for handle in handles[column::n_columns]]
     figure.legend(handles=handles, handlelength=2.8, ncols=n_columns, loc="outside upper center")
@@ -201,7 +215,7 @@ def learning_curves(results: Results, algorithms: Sequence[str], path: Path, tim
         n_panels = len(results.tasks) + scores
         n_columns = min(4, n_panels)
         n_rows = ceil(n_panels / n_columns)
-        legend_rows = ceil(len(algorithms) / 4)
+        legend_rows = ceil(len(algorithms) / _legend_columns(algorithms, results.algorithms, WIDTH))
         height = 2.5 * n_rows + 0.28 * legend_rows + 0.35
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
