@@ -7,7 +7,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3 import SAC
@@ -30,12 +30,13 @@ PROJECTED_STEPS = 1_000_000
 GROWTH_STEPS, QUICK_GROWTH_STEPS = 30_000, 3_000
 
 
-def measure_learning(case: Case, effort: Effort) -> Medians:
+def measure_learning(case: Case, effort: Effort, **changes: Any) -> Medians:
     """
     Speed of ``learn`` after the warm-up: collecting, derivatives and all updates.
 
     :param case: task and threads, which are torch's and those of the derivatives
     :param effort: how long
+    :param changes: arguments of AGPO that are not to have their defaults
     :return: environment steps per second
     """
     differences = FiniteDifferences(threads=case.threads)
@@ -46,6 +47,7 @@ def measure_learning(case: Case, effort: Effort) -> Medians:
         device="cpu",
         learning_starts=LEARNING_STARTS,
         finite_differences=differences,
+        **changes,
     )
     reference = SAC("MlpPolicy", case.task, seed=0, device="cpu", learning_starts=LEARNING_STARTS)
     least = QUICK_STEPS if effort.quick else STEPS
