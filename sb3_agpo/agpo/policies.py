@@ -38,6 +38,8 @@ class EnsembleLinear(nn.Module):
         :param inputs: shape ``(n, batch, in_features)``
         :return: shape ``(n, batch, out_features)``
         """
+        if self.weight.shape[-1] == 1:  # as a sum: a matrix product with one column is several times slower
+            return (inputs * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return th.baddbmm(self.bias, inputs, self.weight)
 
 
