@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -65,12 +66,16 @@ def test_every_argument_has_a_check() -> None:
 @example({"train_freq": (2, "episode"), "gradient_steps": -1, "learning_starts": 0})
 @example({"buffer_size": 1, "horizon": 7, "rollout_size": 1})
 @example({"learning_rate": 1e9, "gamma": 1.0, "tau": 1})
+@example({"learning_rate": print})
 def test_accepted_or_refused(chosen: dict[str, Any]) -> None:
     try:
-        model = AGPO("MlpPolicy", gym.make("InvertedPendulum-v5"), **{**SMALL, "policy_kwargs": {"net_arch": [4]}, **chosen})
+        model = AGPO(
+            "MlpPolicy", gym.make("InvertedPendulum-v5"), **{**SMALL, "policy_kwargs": {"net_arch": [4]}, **deepcopy(chosen)}
+        )
     except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
         event("refused")
-        assert any(name in str(error) for name in chosen), f"{chosen}: {error}"
+        inner = [key for value in chosen.values() if isinstance(value, dict) for key in value]
+        assert any(name in str(error) for name in [*chosen, *inner]), f"{chosen}: {error}"
         return
     event("accepted")
     model.learn(45)

@@ -153,8 +153,15 @@ def _instance(kind: type | tuple[type, ...], otherwise: str) -> Check:
 
 
 def _schedule(name: str, value: Any) -> None:
-    if not callable(value):
-        check_number(name, value, 0.0, math.inf, "pass a rate such as 1e-3, or a schedule of the remaining progress")
+    advice = "pass a rate such as 1e-3, or a schedule of the remaining progress"
+    if callable(value):
+        try:
+            rate = float(value(1.0))
+        except Exception as error:  # it is the caller's, and may raise anything
+            raise TypeError(f"`{name}` is {value!r}, which fails at the remaining progress 1.0: {error}; {advice}") from error
+        check_number(f"{name}(1.0)", rate, 0.0, math.inf, advice)
+    else:
+        check_number(name, value, 0.0, math.inf, advice)
 
 
 def _train_freq(name: str, value: Any) -> None:
