@@ -153,7 +153,8 @@ ARGUMENTS: list[tuple[dict[str, Any], Wrong]] = [
 
 def describe(case: tuple[dict[str, Any], Any]) -> str:
     """A short name of a case."""
-    return ",".join(f"{name}={value}" for name, value in case[0].items())[:60]
+    # By name where it has one: what is printed of a function is another in each process
+    return ",".join(f"{name}={getattr(value, '__name__', value)}" for name, value in case[0].items())[:60]
 
 
 @pytest.mark.parametrize("case", ARGUMENTS, ids=map(describe, ARGUMENTS))
