@@ -23,7 +23,7 @@ DEMO_ARGS ?=
 SOAK_ARGS ?=
 SPEED_ARGS ?=
 # Test files are spread over the cores; every process uses one torch thread (tests/conftest.py).
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 RUFF_CHECK := $(PY) -m ruff check .
 RUFF_FORMAT := $(PY) -m ruff format

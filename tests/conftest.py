@@ -1,6 +1,7 @@
 """Set-up that every test shares."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,12 @@ torch.set_num_threads(1)
 # The same examples in every run, so that a failure can be told from a change; HYPOTHESIS_PROFILE=default draws new ones
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a file stays on one worker, and the longest must not be what the others wait for."""
+    n_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -n_slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
