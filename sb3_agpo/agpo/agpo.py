@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -67,6 +67,8 @@ except ImportError:
 
 SelfAGPO = TypeVar("SelfAGPO", bound="AGPO")
 
+#: what SB3 chooses from if no replay buffer class is given
+AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: steps of the critics' return by default
 N_STEPS = 3
 #: critic updates per policy update on replayed transitions, where fresh windows train the policy too
@@ -250,6 +252,7 @@ class AGPO(OffPolicyAlgorithm):
             support_multi_env=True,
         )
         self.trace_distance = trace_distance
+        self._automatic_buffer = replay_buffer_class is None
         self.target_entropy = target_entropy
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef = ent_coef
@@ -309,7 +312,8 @@ class AGPO(OffPolicyAlgorithm):
     def _store_single_precision(self) -> None:
         """Keep replayed observations in the precision of the networks, which is half the memory and the same numbers."""
         buffer = self.replay_buffer
-        if isinstance(buffer, HerReplayBuffer):  # rewards are computed anew from what it holds
+        # Other buffers may compute with what they hold, and so does normalisation
+        if type(buffer) not in AUTOMATIC_BUFFERS or self._vec_normalize_env is not None:
             return
         for name in ("observations", "next_observations"):
             stored = getattr(buffer, name, None)
@@ -327,12 +331,13 @@ class AGPO(OffPolicyAlgorithm):
         )
 
     def _choose_n_steps(self) -> None:
-        """Resolve ``n_steps=None``, and let SB3 choose its n-step buffer anew for a loaded model."""
+        """Resolve ``n_steps=None``, and let SB3 choose its replay buffer anew for a loaded model."""
         self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs or {})  # SB3 adds to it, and it may be the caller's
-        if self.n_steps is not None:
-            if self.replay_buffer_class is NStepReplayBuffer and self.replay_buffer_kwargs.get("n_steps") == self.n_steps:
-                self.replay_buffer_class = None  # SB3 chose it before the model was saved, and would warn of its own choice
-        else:
+        if self._automatic_buffer and self.replay_buffer_class in AUTOMATIC_BUFFERS:  # chosen before the model was saved
+            self.replay_buffer_class = None
+            for name in ("n_steps", "gamma"):
+                self.replay_buffer_kwargs.pop(name, None)
+        if self.n_steps is None:
             stock = self.replay_buffer_class is None and not self.optimize_memory_usage
             self.n_steps = N_STEPS if stock and not isinstance(self.observation_space, spaces.Dict) else 1
 
@@ -404,7 +409,8 @@ class AGPO(OffPolicyAlgorithm):
     @property
     def needs_derivatives(self) -> bool:
         """Whether anything makes use of simulator derivatives."""
-        return self.gradient_steps != 0 and (self.gradient_mode != "q" or self.critic_grad_coef > 0.0)
+        by_policy = self.gradient_mode != "q" and self.rollout_epochs > 0
+        return self.gradient_steps != 0 and (by_policy or self.critic_grad_coef > 0.0)
 
     # ------------------------------------------------------------------ collection
 
@@ -635,7 +641,7 @@ class AGPO(OffPolicyAlgorithm):
         self._record("policy_grad_norm", self._step("actor", self.actor.optimizer, update.loss, self.max_grad_norm))
         self._update_average_policy()
         with th.no_grad():  # fresh noise: that of recorded actions was seen by the policy that it made better
-            _, log_prob = sample_actions(self.actor, windows.observations.flatten(0, 1))
+            _, log_prob = sample_actions(self.actor, windows.observations[windows.mask > 0])
         self._update_temperature(log_prob, self.rollout_size / self.rollout_epochs)
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:

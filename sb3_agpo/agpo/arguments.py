@@ -73,7 +73,7 @@ def check_names(given: Iterable[str], constructor: Callable[..., None]) -> None:
     """
     known = inspect.signature(constructor).parameters
     for name in given:
-        if name not in known and (meant := difflib.get_close_matches(name, known, n=1)):
+        if name not in known and (meant := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
             raise TypeError(f"`{name}` is no argument of the constructor; did you mean `{meant[0]}`?")
 
 

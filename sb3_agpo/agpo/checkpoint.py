@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import recursive_getattr, recursive_setattr
 from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -34,8 +34,6 @@ State = dict[str, Any]
 
 #: constructor arguments that are given anew on resuming
 GIVEN_ANEW = ("self", "policy", "env", "device", "_init_setup_model")
-#: replay buffer classes that SB3 chooses by itself
-AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: attributes of a model that are saved in another way, made anew, or belong to one call of ``learn``
 NOT_ATTRIBUTES = (
     "policy",
@@ -76,6 +74,8 @@ NOT_ATTRIBUTES = (
 )
 #: attributes of buffers that are no experience
 NOT_EXPERIENCE = ("device", "env", "observation_space", "action_space")
+#: constructor arguments that buffers keep too, and that may be changed on the way
+ARGUMENTS_OF_BUFFERS = ("n_steps", "gamma", "horizon", "rollout_size")
 
 
 def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_generator: th.Tensor | None = None) -> Path:
@@ -147,16 +147,17 @@ def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> Stat
     assert model.env is not None and model.replay_buffer is not None
     arguments, to_be_given = capture_arguments(model)
     attributes, left_out = capture_attributes(model)
+    replay_buffer, lost = capture_replay_buffer(model.replay_buffer)
     return {
         "package_version": __version__,
         "arguments": arguments,
         "to_be_given": to_be_given,
         "task": describe_task(model),
         "attributes": attributes,
-        "left_out": left_out,
+        "left_out": [*left_out, *(f"replay_buffer.{name}" for name in lost)],
         "parameters": model.get_parameters(),
         "variables": {name: recursive_getattr(model, name) for name in model._get_torch_save_params()[1]},
-        "replay_buffer": capture_replay_buffer(model.replay_buffer),
+        "replay_buffer": replay_buffer,
         "rollout_buffer": _without_device(model.rollout_buffer),
         "derivative_buffer": _without_device(model.derivative_buffer),
         "records": list(model.dynamics.get_records()) if model.dynamics is not None else [],
@@ -175,13 +176,14 @@ def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
     """
     arguments: State = {"policy": model.policy_class}
     for name in inspect.signature(type(model).__init__).parameters:
-        if name not in GIVEN_ANEW and (hasattr(model, name) or hasattr(model, f"_{name}")):
-            value = getattr(model, name) if hasattr(model, name) else getattr(model, f"_{name}")
+        stored = name if hasattr(model, name) else f"_{name}"
+        if name not in GIVEN_ANEW and hasattr(model, stored):
+            value = getattr(model, stored)
             arguments[name] = str(value) if isinstance(value, Path) else value
     frequency = model.train_freq
     if isinstance(frequency, TrainFreq):
         arguments["train_freq"] = (frequency.frequency, frequency.unit.value)
-    if model.replay_buffer_class in AUTOMATIC_BUFFERS:
+    if model._automatic_buffer:
         arguments["replay_buffer_class"] = None
         added = ("n_steps", "gamma") if model.n_steps > 1 else ()
         arguments["replay_buffer_kwargs"] = {k: v for k, v in model.replay_buffer_kwargs.items() if k not in added}
@@ -207,12 +209,12 @@ def capture_attributes(model: AGPO) -> tuple[State, list[str]]:
     return {name: value for name, value in own.items() if name not in left_out}, left_out
 
 
-def capture_replay_buffer(buffer: ReplayBuffer) -> State:
+def capture_replay_buffer(buffer: ReplayBuffer) -> tuple[State, list[str]]:
     """
     The experience in a replay buffer; memory that is not in use yet is left out.
 
     :param buffer: the buffer
-    :return: its attributes
+    :return: its attributes, and the names of those that plain data cannot hold
     """
     # One more than written: with `optimize_memory_usage` the next observation is where the next transition will be
     used = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
@@ -228,7 +230,8 @@ def capture_replay_buffer(buffer: ReplayBuffer) -> State:
         if buffer.copy_info_dict:
             raise ValueError("`infos` of a HerReplayBuffer with copy_info_dict=True cannot be saved; use copy_info_dict=False")
         del state["infos"]  # empty
-    return {name: value for name, value in state.items() if is_plain(value)}
+    lost = [name for name, value in state.items() if not is_plain(value)]
+    return {name: value for name, value in state.items() if name not in lost}, lost
 
 
 def _without_device(buffer: Any) -> State:
@@ -298,8 +301,7 @@ def restore_model(model: AGPO, state: State) -> None:
     restore_networks(model, state)
     restore_replay_buffer(model.replay_buffer, state["replay_buffer"])
     vars(model).update(state["attributes"])
-    for buffer, own in ((model.rollout_buffer, "rollout_buffer"), (model.derivative_buffer, "derivative_buffer")):
-        _restore_buffer(buffer, state[own])
+    restore_derivatives(model, state)
     notes = restore_vec_environment(model.env, state["environment"])
     if model.dynamics is not None:
         model.dynamics.simulator_calls = state["derivative_calls"]
@@ -324,9 +326,10 @@ def restore_networks(model: AGPO, state: State) -> None:
     """
     try:
         model.set_parameters(state["parameters"], exact_match=True, device=model.device)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise ValueError(
-            f"the networks differ from those of the checkpoint; do not change `policy_kwargs` ({error})"
+            "the networks differ from those of the checkpoint; do not change `policy_kwargs`, nor `ent_coef` from a learned "
+            f"temperature to a fixed one or back ({error})"
         ) from error
     for name, value in state["variables"].items():
         # The tensor itself stays, as the optimiser holds it
@@ -348,6 +351,8 @@ def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
             "do not change `buffer_size`"
         )
     for name, value in state.items():
+        if name in ARGUMENTS_OF_BUFFERS:
+            continue
         current = getattr(buffer, name, None)
         if isinstance(value, dict) and isinstance(current, dict):
             for key, item in value.items():
@@ -369,11 +374,22 @@ def _filled(memory: Any, value: Any) -> Any:
     return value
 
 
-def _restore_buffer(buffer: Any, state: State) -> None:
-    if hasattr(type(buffer), "__setstate__"):
-        buffer.__setstate__(state)
-    else:
-        vars(buffer).update(state)
+def restore_derivatives(model: AGPO, state: State) -> None:
+    """
+    Put windows and stored derivatives back.
+
+    :param model: the model
+    :param state: as :func:`capture_model` returned it
+    :raises ValueError: if the memory for derivatives differs
+    """
+    windows, stored = state["rollout_buffer"], state["derivative_buffer"]
+    if stored["memory_bytes"] != model.derivative_buffer.memory_bytes:
+        raise ValueError(
+            f"`derivative_memory` is {model.derivative_memory:g} GB, that of the checkpoint was "
+            f"{stored['memory_bytes'] / 1e9:g} GB; do not change it"
+        )
+    vars(model.rollout_buffer).update({name: windows[name] for name in windows if name not in ARGUMENTS_OF_BUFFERS})
+    model.derivative_buffer.__setstate__(stored)
 
 
 def begin_new_episodes(model: AGPO) -> None:

@@ -39,18 +39,17 @@ def sample_n_step(
     n_steps, gamma = buffer.n_steps, buffer.gamma
     first = np.random.randint(0, buffer.size(), size=batch_size)  # (batch,)
     env = np.random.randint(0, buffer.n_envs, size=batch_size)  # (batch,)
-    steps = (first[:, None] + np.arange(n_steps)) % buffer.buffer_size, env[:, None]  # indices of shape (batch, n_steps)
+    rows, column = (first[:, None] + np.arange(n_steps)) % buffer.buffer_size, env[:, None]  # (batch, n_steps), (batch, 1)
 
-    ends = np.ones((batch_size, n_steps), dtype=bool)
-    newest = (buffer.pos - 1) % buffer.buffer_size  # what follows it in memory is older, or not there yet
-    ends[:, :-1] = (buffer.dones[steps] > 0.0)[:, :-1] | (steps[0] == newest)[:, :-1]
-    later = steps[0][:, 1:], env[:, None]
+    later = rows[:, 1:], column
     observations = buffer._normalize_obs(buffer.observations[later], vec_normalize)
     far = _distances(buffer, actor, observations, buffer.actions[later]) > trace_distance  # (batch, n_steps - 1)
-    ends[:, :-1] |= far
+    newest = (buffer.pos - 1) % buffer.buffer_size  # what follows it in memory is older, or not there yet
+    stops = (buffer.dones[rows[:, :-1], column] > 0.0) | (rows[:, :-1] == newest) | far
+    ends = np.concatenate([stops, np.ones((batch_size, 1), dtype=bool)], axis=1)  # (batch, n_steps)
     length = ends.argmax(1)  # steps after the first
 
-    rewards = buffer._normalize_reward(buffer.rewards[steps], vec_normalize)
+    rewards = buffer._normalize_reward(buffer.rewards[rows, column], vec_normalize)
     powers = gamma ** np.arange(n_steps + 1, dtype=np.float32)
     returns = (rewards * powers[:-1] * (np.arange(n_steps) <= length[:, None])).sum(1)
     last = (first + length) % buffer.buffer_size, env

@@ -105,11 +105,9 @@ def storable(fields: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
     return np.logical_and.reduce(within)
 
 
-def _over(scale: FloatArray | float, field: NDArray[Any], axes: int) -> NDArray[Any]:
-    """Multiply ``field`` by ``scale``, which lacks the last ``axes`` axes."""
-    if isinstance(scale, float):
-        return field
-    return field * scale.reshape(*scale.shape, *(1,) * axes)
+def _over(scale: FloatArray | float, field: NDArray[Any]) -> NDArray[Any]:
+    """Multiply ``field`` by ``scale``, which lacks the last axis."""
+    return field if isinstance(scale, float) else field * scale[..., None]
 
 
 class DifferentiableRolloutBuffer:
@@ -225,10 +223,10 @@ class DifferentiableRolloutBuffer:
             "mask": np.ones((len(ready), self.n_envs), dtype=np.float32),
             "A": derivatives.A,
             "B": derivatives.B,
-            "O_x": _over(scale_next, derivatives.O_x, 1),
-            "O_a": _over(scale_next, derivatives.O_a, 1),
-            "r_x": _over(scale_r, derivatives.r_x, 1),
-            "r_a": _over(scale_r, derivatives.r_a, 1),
+            "O_x": _over(scale_next, derivatives.O_x),
+            "O_a": _over(scale_next, derivatives.O_a),
+            "r_x": _over(scale_r, derivatives.r_x),
+            "r_a": _over(scale_r, derivatives.r_a),
         }
         return RolloutWindows(**{name: self._cut(field) for name, field in fields.items()})
 
@@ -349,9 +347,9 @@ class DerivativeReplayBuffer:
             )
             scale_r = reward_scale(batch["rewards"], normalization)
             # o enters C^T dQ/do: the raw derivative of the normalised observation
-            batch["C"] = _over(scale, batch["C"], 1)
-            batch["O_x"], batch["O_a"] = _over(next_scale, batch["O_x"], 1), _over(next_scale, batch["O_a"], 1)
-            batch["r_x"], batch["r_a"] = _over(scale_r, batch["r_x"], 1), _over(scale_r, batch["r_a"], 1)
+            batch["C"] = _over(scale, batch["C"])
+            batch["O_x"], batch["O_a"] = _over(next_scale, batch["O_x"]), _over(next_scale, batch["O_a"])
+            batch["r_x"], batch["r_a"] = _over(scale_r, batch["r_x"]), _over(scale_r, batch["r_a"])
             batch["rewards"] = normalization.normalize_reward(batch["rewards"]).astype(np.float32)
             for name in ("observations", "next_observations"):
                 batch[name] = normalization.normalize_obs(batch[name])  # type: ignore[assignment]

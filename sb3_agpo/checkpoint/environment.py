@@ -9,6 +9,7 @@ behind. An environment with any other attribute that could hold state (a Box2D w
 
 from __future__ import annotations
 
+import functools
 import types
 import zlib
 from collections.abc import Iterator
@@ -29,11 +30,16 @@ from sb3_agpo.dynamics.wrappers import is_time_limit
 State = dict[str, Any]
 
 #: attributes that are no state of their own
-STRUCTURAL = ("env", "model", "data", "mujoco_renderer", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
+STRUCTURAL = ("env", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
+#: those of a ``MujocoEnv``, whose state is that of the simulator
+SIMULATOR = ("model", "data", "mujoco_renderer")
 #: types that hold no state of an episode
-INERT: tuple[type, ...] = (types.FunctionType, types.MethodType, types.ModuleType, EnvSpec, ResultsWriter)
-#: parts of the names of attributes that only pictures come from
-PICTURES = ("render", "screen", "surf", "clock", "viewer", "window", "font")
+INERT: tuple[type, ...] = (
+    *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, functools.partial),
+    *(EnvSpec, ResultsWriter),
+)
+#: packages and modules whose objects only make pictures
+PICTURES = ("pygame", "glfw", "cv2", "PIL", "matplotlib", "mujoco.renderer", "gymnasium.envs.mujoco.mujoco_rendering")
 #: packages whose wrappers keep all state that matters in plain attributes
 KNOWN_PACKAGES = ("gymnasium", "stable_baselines3", "sb3_agpo")
 
@@ -93,16 +99,32 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     generators: State = {}
     unknown: list[str] = []
     for key, value in vars(layer).items():
-        if key in STRUCTURAL:
+        if key in STRUCTURAL or (isinstance(layer, MujocoEnv) and (key in SIMULATOR or _is_view(value, layer.data))):
             continue
         if isinstance(value, gym.Space):
             generators[key] = space_generators(value)
         elif is_plain(value):
             attributes[key] = value
-        elif not (isinstance(value, INERT) or callable(value) or any(part in key.lower() for part in PICTURES)):
+        elif not is_inert(value):
             unknown.append(f"{name}.{key} is a {type(value).__name__}")
     known = isinstance(layer, gym.Wrapper) and type(layer).__module__.split(".")[0] in KNOWN_PACKAGES
     return {"class": name, "attributes": attributes, "spaces": generators}, [] if known else unknown
+
+
+def is_inert(value: Any) -> bool:
+    """
+    Whether an object can be expected to hold nothing that an episode depends on.
+
+    :param value: value of an attribute
+    :return: whether it is a function, a module or something that makes pictures
+    """
+    module = f"{type(value).__module__}."
+    return isinstance(value, INERT) or any(module.startswith(f"{name}.") for name in PICTURES)
+
+
+def _is_view(value: Any, data: mujoco.MjData) -> bool:
+    """Whether an array is memory of the simulator, so that a copy of its own must not take its place."""
+    return isinstance(value, np.ndarray) and any(np.may_share_memory(value, array) for _, array in _data_arrays(data))
 
 
 def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:

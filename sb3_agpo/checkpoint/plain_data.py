@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def _encode(value: Any, arrays: Arrays, where: str) -> Any:
         return {TAG: "enumeration", "class": type(value).__name__, "name": value.name}
     if type(value) in (list, tuple, set, frozenset, deque):
         return _encode_sequence(value, arrays, where)
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):
         return _encode_mapping(value, arrays, where)
     if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
         return _encode_generator(value, arrays, where)

@@ -9,7 +9,7 @@ import gymnasium as gym
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_agpo.checkpoint.environment import KNOWN_PACKAGES, State, capture_environment, restore_environment
+from sb3_agpo.checkpoint.environment import KNOWN_PACKAGES, State, capture_environment, is_inert, restore_environment
 from sb3_agpo.checkpoint.plain_data import is_plain
 
 #: attributes of wrappers that are no state of their own
@@ -77,7 +77,7 @@ def _capture_wrapper(wrapper: VecEnvWrapper) -> State:
             stacks[key] = _frames(value)
         elif is_plain(value):
             attributes[key] = value
-        elif type(wrapper).__module__.split(".")[0] not in KNOWN_PACKAGES and not callable(value):
+        elif type(wrapper).__module__.split(".")[0] not in KNOWN_PACKAGES and not is_inert(value):
             unknown.append(f"{type(wrapper).__name__}.{key} is a {type(value).__name__}")
     return {"class": type(wrapper).__name__, "attributes": attributes, "stacks": stacks, "unknown": unknown}
 
