@@ -15,6 +15,7 @@ from sb3_agpo import AGPO
 SMALL: dict[str, Any] = {
     "buffer_size": 500,
     "learning_starts": 20,
+    "train_freq": 1,
     "gradient_steps": 1,
     "batch_size": 16,
     "rollout_size": 16,

@@ -167,7 +167,7 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
     assert f"report --input {two_tasks} --output {output}" in text
     assert "| machine | Abacus, 1 cores |" in text
     assert f"| mujoco | {records.versions()['mujoco']} |" in text
-    assert "- No runs of `sac-fast`, `tqc`, `crossq`, `ppo`, `agpo-adaptive-nomatch`" in text
+    assert "- No runs of `sac-fast`, `tqc`, `crossq`, `crossq-fast`, `ppo`, `agpo-adaptive-nomatch`" in text
     assert "## Ablation" not in text
     for name in ("learning_steps.png", "learning_seconds.png", "learning_profile.png"):
         assert f"]({name})" in text

@@ -12,6 +12,7 @@ import torch as th
 from gymnasium import spaces
 from small_models import RandomEnv, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
@@ -60,6 +61,10 @@ RUNS: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
     "vec_wrappers": (lambda: VecMonitor(VecFrameStack(DummyVecEnv([lambda: gym.make("InvertedPendulum-v5")] * 2), 2)), {}),
     "sde": (lambda: make_vec_env("InvertedPendulum-v5", 2), {"use_sde": True, "sde_sample_freq": 4}),
     "n_steps": (lambda: make_vec_env("InvertedPendulum-v5", 1), {"n_steps": 3}),
+    "n_step_buffer_of_the_users_choice": (
+        lambda: make_vec_env("InvertedPendulum-v5", 1),
+        {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2, "gamma": 0.9}},
+    ),
     "schedules": (
         lambda: make_vec_env("InvertedPendulum-v5", 1),
         {"learning_rate": LinearSchedule(1e-3, 1e-5, 1.0), "critic_learning_rate": LinearSchedule(1e-2, 1e-4, 0.5)},
@@ -184,6 +189,32 @@ def test_user_may_change_arguments(tmp_path: Path) -> None:
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 1e-5
 
 
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_arguments_that_buffers_keep_may_be_changed_too(n_steps: int, tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path / "first")
+    changed = {"n_steps": n_steps, "gamma": 0.5, "horizon": 2, "rollout_size": 8}
+    resumed = AGPO.resume(tmp_path / "first", "InvertedPendulum-v5", **changed)
+    for _ in range(2):  # and the next checkpoint keeps them
+        buffer = resumed.replay_buffer
+        assert buffer is not None and buffer.pos == resumed.num_timesteps
+        assert type(buffer) is (NStepReplayBuffer if n_steps > 1 else ReplayBuffer)
+        assert n_steps == 1 or (buffer.n_steps, buffer.gamma) == (n_steps, 0.5)  # type: ignore[attr-defined]
+        assert (resumed.rollout_buffer.horizon, resumed.rollout_buffer.rollout_size) == (2, 8)
+        resumed.learn(20, reset_num_timesteps=False).save_checkpoint(tmp_path / "second")
+        resumed = AGPO.resume(tmp_path / "second", "InvertedPendulum-v5")
+
+
+def test_replay_buffer_class_may_be_changed(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5").learn(30).save_checkpoint(tmp_path)
+    own: dict[str, Any] = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2, "gamma": 0.9}}
+    for options in ({**own, "n_steps": 1}, {}):  # the next checkpoint keeps it
+        model = AGPO.resume(tmp_path, "InvertedPendulum-v5", **options)
+        assert isinstance(model.replay_buffer, NStepReplayBuffer)
+        assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (2, 0.9)
+        assert model.replay_buffer.size() == model.num_timesteps == 30
+        model.save_checkpoint(tmp_path)
+
+
 # ---------------------------------------------------------------------- what cannot be saved
 
 
@@ -261,6 +292,21 @@ def test_wrapper_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
     assert resumed._last_obs is not None
 
 
+class BufferWithObject(ReplayBuffer):
+    """A replay buffer of the user's own, part of which is out of reach."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.priorities, self.tree = np.ones(self.buffer_size), Opaque()
+
+
+def test_part_of_a_replay_buffer_that_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", replay_buffer_class=BufferWithObject).learn(45).save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match=r"not go on bit for bit: replay_buffer.tree could not be saved$"):
+        resumed = AGPO.resume(tmp_path, "Pendulum-v1", replay_buffer_class=BufferWithObject)
+    assert resumed.replay_buffer is not None and resumed.replay_buffer.size() == 45
+
+
 def test_changed_simulator_is_noticed(tmp_path: Path) -> None:
     small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path)
     env = gym.make("InvertedPendulum-v5")
@@ -294,11 +340,24 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda: MujocoVecEnv("InvertedPendulum-v5", 2), {}, "is not that of a MujocoVecEnv"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"buffer_size": 100}, "do not change `buffer_size`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"policy_kwargs": {"net_arch": [4]}}, "`policy_kwargs`"),
+        (lambda: make_vec_env("InvertedPendulum-v5", 2), {"ent_coef": 0.1}, "nor `ent_coef` from a learned"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2),
+            {"derivative_memory": 0.25},
+            "`derivative_memory` is 0.25 GB, that of the checkpoint was 0.5 GB; do not change it",
+        ),
     ],
 )
 def test_wrong_environment_or_argument(make_env: MakeEnv, options: dict[str, Any], message: str, _checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         AGPO.resume(_checkpoint, make_env(), **options)
+
+
+def test_fixed_temperature_cannot_become_a_learned_one(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", ent_coef=0.1).learn(30).save_checkpoint(tmp_path)
+    assert AGPO.resume(tmp_path, "Pendulum-v1").ent_coef == 0.1
+    with pytest.raises(ValueError, match="nor `ent_coef` from a learned temperature to a fixed one or back"):
+        AGPO.resume(tmp_path, "Pendulum-v1", ent_coef="auto")
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

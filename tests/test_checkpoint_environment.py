@@ -1,17 +1,24 @@
 """The state of environments: put back into a fresh one, every later step is the same bit for bit."""
 
+import functools
 import json
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
+from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from small_models import RandomEnv
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_agpo.checkpoint.environment import capture_environment, restore_environment
 from sb3_agpo.checkpoint.plain_data import decode, encode
@@ -135,6 +142,137 @@ def test_wrappers(make: Callable[[], gym.Env[Any, Any]]) -> None:
     other.reset(seed=2)
     restore_environment(other, captured)
     assert_same(play(other, actions[22:]), expected)
+
+
+class ViewsEnv(InvertedPendulumEnv):
+    """Rewards by views of the simulator that are made once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.velocities, self.masses = self.data.qvel[:], self.model.body_mass[1:]
+
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = super().step(action)
+        return obs, float(self.velocities.sum() * self.masses.sum()), *rest
+
+
+class ViewsWrapper(gym.Wrapper[Any, Any, Any, Any]):
+    """The same from outside, and the simulator itself."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        core: Any = env.unwrapped
+        self.model, self.data = core.model, core.data
+        self.velocities, self.masses = core.data.qvel[:], core.model.body_mass[1:]
+
+    def step(self, action: Any) -> Any:
+        obs, _, *rest = self.env.step(action)
+        return obs, float(self.velocities.sum() * self.masses.sum()), *rest
+
+
+@pytest.mark.parametrize("make", [ViewsEnv, lambda: ViewsWrapper(gym.make("InvertedPendulum-v5"))], ids=["env", "wrapper"])
+def test_views_of_the_simulator_stay_views(make: Callable[[], Any]) -> None:
+    """A copy would for ever be what the simulator was at the checkpoint."""
+    env, other = make(), make()
+    actions = [np.array([0.3]), np.array([-0.1])] * 4
+    env.reset(seed=1)
+    play(env, actions[:3])
+    captured = through_files(capture_environment(env))
+    expected = play(env, actions[3:])
+    other.reset(seed=2)
+    assert restore_environment(other, captured) == []
+    assert np.shares_memory(other.velocities, other.unwrapped.data.qvel)
+    assert np.shares_memory(other.masses, other.unwrapped.model.body_mass)
+    assert_same(play(other, actions[3:]), expected)
+
+
+class Opaque:
+    """Something that cannot be saved."""
+
+
+class Counting:
+    """A function that remembers how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, value: float) -> float:
+        self.calls += 1
+        return value
+
+
+class EnvWith(RandomEnv):
+    """An environment with one more attribute."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(spaces.Box(-1.0, 1.0, (3,), np.float32))
+        setattr(self, name, value)
+
+
+class VecWrapperWith(VecEnvWrapper):
+    """A wrapper of the user's own around all environments."""
+
+    def __init__(self, thing: Any) -> None:
+        super().__init__(DummyVecEnv([lambda: gym.make("Pendulum-v1")]))
+        self.thing = thing
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_names_of_the_simulator_are_state_elsewhere(name: str) -> None:
+    other = EnvWith(name, np.zeros(2))
+    assert restore_environment(other, through_files(capture_environment(EnvWith(name, np.arange(2.0))))) == []
+    assert np.array_equal(getattr(other, name), [0.0, 1.0])
+    captured = capture_environment(EnvWith(name, Opaque()))
+    assert captured["lost"] and captured["unknown"] == [f"EnvWith.{name} is a Opaque"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reward", Counting()),
+        ("reward", th.nn.Linear(1, 1)),
+        ("window", Opaque()),
+        ("clock", Opaque()),
+        ("counts", defaultdict(int, a=1)),
+    ],
+    ids=["callable", "network", "window", "clock", "defaultdict"],
+)
+def test_what_may_hold_state_is_named(name: str, value: Any) -> None:
+    """Whatever its name, and even if it can be called or is a kind of dictionary."""
+    captured = capture_environment(EnvWith(name, value))
+    assert captured["lost"] and captured["unknown"] == [f"EnvWith.{name} is a {type(value).__name__}"]
+    assert capture_vec_environment(VecWrapperWith(value))["notes"] == [f"VecWrapperWith.thing is a {type(value).__name__}"]
+
+
+def make_renderer(kind: str) -> Any:
+    """Something that only makes pictures."""
+    model = mujoco.MjModel.from_xml_string("<mujoco/>")
+    if kind == "gymnasium":
+        return MujocoRenderer(model, mujoco.MjData(model))
+    if kind == "mujoco":
+        renderer = object.__new__(mujoco.Renderer)  # its constructor needs a screen
+        renderer._gl_context = renderer._mjr_context = None
+        return renderer
+    if kind == "PIL":
+        return pytest.importorskip("PIL.Image").new("RGB", (2, 2))
+    return pytest.importorskip("matplotlib.figure").Figure()
+
+
+@pytest.mark.parametrize("kind", ["gymnasium", "mujoco", "PIL", "matplotlib"])
+def test_pictures_are_no_state(kind: str) -> None:
+    assert not capture_environment(EnvWith("camera", make_renderer(kind)))["unknown"]
+
+
+def test_functions_classes_and_modules_are_no_state() -> None:
+    for value in (len, math.sin, np.tanh, lambda x: x, Counting, functools.partial(max, 0.0), Counting().__call__, math):
+        assert not capture_environment(EnvWith("shape", value))["unknown"]
+        assert not capture_vec_environment(VecWrapperWith(value))["notes"]
 
 
 def test_box2d_world_cannot_be_saved() -> None:

@@ -5,9 +5,10 @@ import json
 import os
 import random
 import zipfile
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,11 @@ def test_generators_come_back(kind: type) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [lambda: 0, object(), np.array([object()]), open, json, random.SystemRandom(), {"deep": [1, {"x": print}]}, Path("x")],
+    [
+        *(lambda: 0, object(), np.array([object()]), open, json, random.SystemRandom(), {"deep": [1, {"x": print}]}),
+        Path("x"),
+        *(defaultdict(list, a=[1]), Counter("a"), MappingProxyType({"a": 1})),  # these would come back as dictionaries
+    ],
 )
 def test_other_values_are_refused(value: Any) -> None:
     assert not is_plain(value)

@@ -22,7 +22,8 @@ ENV = "Pendulum-v1"
 def make_pair(layer_norm: bool, **policy_kwargs: Any) -> tuple[AGPO, SAC]:
     """Both algorithms with networks of one architecture and different weights."""
     common = {"net_arch": [7, 5], "activation_fn": nn.SiLU, **policy_kwargs}
-    ours = AGPO("MlpPolicy", ENV, policy_kwargs={**common, "layer_norm": layer_norm}, seed=0, device="cpu")
+    normalization = "layer" if layer_norm else "none"
+    ours = AGPO("MlpPolicy", ENV, policy_kwargs={**common, "normalization": normalization}, seed=0, device="cpu")
     policy = LayerNormSACPolicy if layer_norm else "MlpPolicy"
     return ours, SAC(policy, ENV, policy_kwargs=common, seed=1, device="cpu")
 
@@ -97,3 +98,11 @@ def test_refusals() -> None:
         join_critics(ours.policy, deep.policy.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
         ours.policy.load_state_dict(join_critics(ours.policy, make_pair(False, net_arch=[7, 4])[1].policy.state_dict()))
+
+
+def test_batch_normalisation_cannot_be_converted() -> None:
+    ours = AGPO("MlpPolicy", ENV, policy_kwargs={"net_arch": [7, 5]}, seed=0, device="cpu")
+    with pytest.raises(ValueError, match="no critics with batch normalisation"):
+        separate_critics(ours.policy)
+    with pytest.raises(ValueError, match="no critics with batch normalisation"):
+        join_critics(ours.policy, {})

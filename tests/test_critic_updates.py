@@ -1,4 +1,4 @@
-"""Updates of the critics: targets, batches, and several of both at once."""
+"""Updates of the critics: batches, several of them at once, and the loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo import agpo
-from sb3_agpo.agpo.updates import CriticBatch, critic_batches, temporal_difference_loss, temporal_difference_targets
+from sb3_agpo.agpo.updates import _split, critic_batches, temporal_difference_loss
 
 GAMMA = 0.9
 ENT_COEF = th.tensor(0.3)
-MODEL = small_model("MountainCarContinuous-v0")
 
 
 def transitions(n: int, discounts: bool = False, seed: int = 0) -> ReplayBufferSamples:
@@ -32,45 +31,64 @@ def transitions(n: int, discounts: bool = False, seed: int = 0) -> ReplayBufferS
     return ReplayBufferSamples(obs, actions, next_obs, dones, rewards, share if discounts else None)
 
 
+MODELS = {name: small_model("MountainCarContinuous-v0", policy_kwargs={"normalization": name}) for name in ("batch", "layer")}
+
+
 @pytest.mark.parametrize("discounts", [False, True])
-def test_target_is_the_entropy_regularised_return_of_sac(discounts: bool) -> None:
-    data, policy = transitions(32, discounts), MODEL.policy
+@pytest.mark.parametrize("normalization", MODELS)
+def test_loss_is_that_of_sac(discounts: bool, normalization: str) -> None:
+    """With targets from target networks, or from the critics themselves, normalised by both batches together."""
+    data, policy = transitions(32, discounts), MODELS[normalization].policy
     th.manual_seed(1)
-    found = temporal_difference_targets(policy, data, GAMMA, ENT_COEF)
+    (batch,) = critic_batches(policy, data, GAMMA, ENT_COEF, 32)
+    found = temporal_difference_loss(policy, batch)
     th.manual_seed(1)  # the policy's next actions, from the distribution of SB3's actor with the same noise
     mean, log_std, _ = policy.actor.get_action_dist_params(data.next_observations)
     gaussian = th.distributions.Normal(mean, log_std.exp())
     before_tanh = mean + log_std.exp() * th.randn_like(mean)
     next_actions = th.tanh(before_tanh)
     log_prob = (gaussian.log_prob(before_tanh) - th.log(1.0 - next_actions.square() + 1e-6)).sum(1, keepdim=True)
-    next_q = th.cat(policy.critic_target(data.next_observations, next_actions), 1).min(1, keepdim=True).values
+    if normalization == "batch":
+        both = policy.critic.joint_q_values(data.observations, data.actions, data.next_observations, next_actions)
+        q_values, next_q_values = (values[:, :, None] for values in both)
+    else:
+        q_values = th.stack(policy.critic(data.observations, data.actions))
+        next_q_values = th.stack(policy.critic_target(data.next_observations, next_actions))
     discount: Any = data.discounts if discounts else GAMMA
-    expected = data.rewards + (1.0 - data.dones) * discount * (next_q - ENT_COEF * log_prob)
-    assert found.shape == (32,) and not found.requires_grad
-    th.testing.assert_close(found, expected[:, 0])
+    next_values = next_q_values.min(0).values - ENT_COEF * log_prob
+    targets = (data.rewards + (1.0 - data.dones) * discount * next_values).detach()
+    expected = 0.5 * sum(th.nn.functional.mse_loss(q_value, targets) for q_value in q_values)
+    th.testing.assert_close(found, expected)
 
 
-def test_loss_is_that_of_sac() -> None:
-    data, targets = transitions(16), th.randn(16)
-    loss = temporal_difference_loss(MODEL.critic, CriticBatch(data.observations, data.actions, targets))
-    q_values = MODEL.critic(data.observations, data.actions)
-    expected = 0.5 * sum(th.nn.functional.mse_loss(q_value, targets[:, None]) for q_value in q_values)
-    th.testing.assert_close(loss, expected)
+@pytest.mark.parametrize("normalization", MODELS)
+def test_targets_have_no_gradient(normalization: str) -> None:
+    policy = MODELS[normalization].policy
+    (batch,) = critic_batches(policy, transitions(32), GAMMA, ENT_COEF, 32)
+    assert not any(field.requires_grad for field in batch)
+    policy.actor.optimizer.zero_grad()
+    temporal_difference_loss(policy, batch).backward()
+    assert all(parameter.grad is None for parameter in policy.actor.parameters())
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 7), st.booleans())
 def test_batches_are_the_transitions_in_order(n_batches: int, batch_size: int, dictionary: bool) -> None:
     n = n_batches * batch_size
-    data, targets = transitions(n), th.arange(float(n))
-    whole: Any = {"a": data.observations, "b": data.observations[:, :1] + 1.0} if dictionary else data.observations
-    data = data._replace(observations=whole)
-    batches = critic_batches(data, targets, batch_size)
+    data, policy = transitions(n), MODELS["batch"].policy
+    th.manual_seed(0)
+    batches = critic_batches(policy, data, GAMMA, ENT_COEF, batch_size)
     assert len(batches) == n_batches and all(len(batch.actions) == batch_size for batch in batches)
-    assert th.equal(th.cat([batch.targets for batch in batches]), targets)
-    assert th.equal(th.cat([batch.actions for batch in batches]), data.actions)
-    for key in ("a", "b") if dictionary else (slice(None),):
-        assert th.equal(th.cat([batch.observations[key] for batch in batches]), whole[key])
+    joined = [th.cat(field) for field in zip(*batches, strict=True)]
+    th.manual_seed(0)
+    (whole,) = critic_batches(policy, data, GAMMA, ENT_COEF, n)
+    assert all(th.equal(ours, theirs) for ours, theirs in zip(joined, whole, strict=True))
+    assert th.equal(whole.observations, data.observations) and th.equal(whole.actions, data.actions)
+    assert th.equal(whole.discounts, GAMMA * (1.0 - data.dones[:, 0]))
+    if dictionary:
+        parts = _split({"a": data.observations, "b": data.observations[:, :1]}, batch_size)
+        assert th.equal(th.cat([part["a"] for part in parts]), data.observations)
+        assert th.equal(th.cat([part["b"] for part in parts]), data.observations[:, :1])
 
 
 def watch_samples(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -91,6 +109,20 @@ def test_a_few_batches_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch, gradie
     numbers, before = watch_samples(monkeypatch), model._n_updates
     model.train(gradient_steps, batch_size=8)
     assert numbers == expected and model._n_updates == before + gradient_steps
+
+
+def test_temperature_learns_from_real_steps_of_windows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps are two windows of four and one of two, which is filled up with zeros."""
+    seen, sample = [], agpo.sample_actions
+
+    def watched(actor: Any, observations: th.Tensor) -> Any:
+        seen.append(observations)
+        return sample(actor, observations)
+
+    monkeypatch.setattr(agpo, "sample_actions", watched)
+    small_model("InvertedPendulum-v5", rollout_size=10, horizon=4, rollout_epochs=1).learn(60)
+    assert len(seen) > 1 and all(observations.shape == (10, 4) for observations in seen)
+    assert all((observations != 0.0).any(1).all() for observations in seen)
 
 
 class TwoNumbers(gym.ObservationWrapper[Any, Any, Any]):
@@ -120,8 +152,8 @@ def test_at_once_or_one_by_one_learns_the_same(monkeypatch: pytest.MonkeyPatch) 
         np.random.seed(0)
         th.manual_seed(0)
         data = model.replay_buffer.sample(256)
-        targets = temporal_difference_targets(model.policy, data, model.gamma, model._current_ent_coef())
-        return temporal_difference_loss(model.critic, CriticBatch(data.observations, data.actions, targets)).item()
+        (batch,) = critic_batches(model.policy, data, model.gamma, model._current_ent_coef(), 256)
+        return temporal_difference_loss(model.policy, batch).item()
 
     one_by_one, at_once = critic_loss(1), critic_loss(4)
     assert math.isfinite(at_once) and 0.5 < at_once / one_by_one < 2.0

@@ -76,7 +76,7 @@ class TestTraining:
             {"use_sde": True},
             {"exploration_noise": "white"},
             {"n_steps": 1, "horizon": 1},
-            {"policy_kwargs": {"n_critics": 3, "layer_norm": False, "share_features_extractor": True}},
+            {"policy_kwargs": {"n_critics": 3, "normalization": "none", "share_features_extractor": True}},
         ],
     )
     def test_same_as_on_the_cpu(self, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from sb3_agpo.dynamics.torch_tasks import LinearQuadraticEnv
 pytestmark = pytest.mark.slow
 
 #: small networks, which learn fast with few large steps
-SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [64, 64]}, "gradient_steps": 1, "device": "cpu"}
+SMALL: dict[str, Any] = {"policy_kwargs": {"net_arch": [64, 64]}, "device": "cpu", "train_freq": 1, "gradient_steps": 1}
 SMALL |= {"learning_rate": 1e-3, "critic_learning_rate": 5e-4, "ent_coef_learning_rate": 3e-4}
 
 

@@ -14,8 +14,11 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 from sb3_agpo.agpo.policies import (
+    BATCH_NORM_MOMENTUM,
+    NORMALIZATIONS,
     AGPOPolicy,
     CnnPolicy,
+    EnsembleBatchNorm,
     EnsembleCritic,
     EnsembleLayerNorm,
     EnsembleLinear,
@@ -41,12 +44,15 @@ def schedule(progress_remaining: float) -> float:
 
 
 def make_policy(**kwargs: Any) -> AGPOPolicy:
-    """A small policy for vectors; its weights are random but for layer normalisation, which gets some too."""
+    """A small policy for vectors; its weights are random but for normalisation, which gets some too."""
     policy = MlpPolicy(OBSERVATIONS, ACTIONS, schedule, **{**SMALL, **kwargs})
     for module in policy.modules():
-        if isinstance(module, EnsembleLayerNorm):
+        if isinstance(module, EnsembleLayerNorm | EnsembleBatchNorm):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
+        if isinstance(module, EnsembleBatchNorm):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
     return policy
 
 
@@ -74,10 +80,14 @@ def separate_networks(critic: EnsembleCritic) -> list[nn.Sequential]:
             elif isinstance(module, EnsembleLayerNorm):
                 layer = nn.LayerNorm(module.features)  # type: ignore[assignment]
                 layer.weight.data, layer.bias.data = module.weight[i, 0].detach().clone(), module.bias[i, 0].detach().clone()
+            elif isinstance(module, EnsembleBatchNorm):
+                layer = nn.BatchNorm1d(module.weight.shape[-1], eps=module.epsilon)  # type: ignore[assignment]
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    getattr(layer, name).data.copy_(getattr(module, name)[i, 0])
             else:
                 layer = type(module)()  # type: ignore[assignment]
             layers.append(layer)
-        networks.append(nn.Sequential(*layers))
+        networks.append(nn.Sequential(*layers).eval())
     return networks
 
 
@@ -86,16 +96,18 @@ def batch(n: int = 7) -> tuple[th.Tensor, th.Tensor]:
     return th.randn(n, NOBS), th.rand(n, NU) * 2.0 - 1.0
 
 
-@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("activation_fn", [nn.SiLU, nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("n_critics,net_arch", [(1, [8]), (2, [8, 6]), (5, [8, 6, 4]), (2, [])])
 def test_ensemble_equals_separate_networks(
-    layer_norm: bool, activation_fn: type[nn.Module], n_critics: int, net_arch: list[int]
+    normalization: str, activation_fn: type[nn.Module], n_critics: int, net_arch: list[int]
 ) -> None:
     critic = make_policy(
-        layer_norm=layer_norm, activation_fn=activation_fn, n_critics=n_critics, net_arch={"pi": [4], "qf": net_arch}
+        normalization=normalization, activation_fn=activation_fn, n_critics=n_critics, net_arch={"pi": [4], "qf": net_arch}
     ).critic
-    assert any(isinstance(module, EnsembleLayerNorm) for module in critic.modules()) == (layer_norm and bool(net_arch))
+    kinds = {type(module) for module in critic.q_networks}
+    assert (EnsembleLayerNorm in kinds) == (normalization == "layer" and bool(net_arch))
+    assert (EnsembleBatchNorm in kinds) == (normalization == "batch")
     obs, actions = batch()
     expected = th.stack([network(th.cat([obs, actions], 1))[:, 0] for network in separate_networks(critic)])
     values = critic.q_values(obs, actions)
@@ -108,7 +120,7 @@ def test_ensemble_equals_separate_networks(
 
 
 def test_ensemble_without_layer_norm_equals_sb3s_critic() -> None:
-    critic = make_policy(layer_norm=False, activation_fn=nn.ReLU).critic
+    critic = make_policy(normalization="none", activation_fn=nn.ReLU).critic
     reference = ContinuousCritic(OBSERVATIONS, ACTIONS, [8, 6], FlattenExtractor(OBSERVATIONS), NOBS)
     for theirs, ours in zip(reference.q_networks, separate_networks(critic), strict=True):
         theirs.load_state_dict(ours.state_dict())
@@ -118,8 +130,9 @@ def test_ensemble_without_layer_norm_equals_sb3s_critic() -> None:
     th.testing.assert_close(critic.q1_forward(obs, actions), reference.q1_forward(obs, actions))
 
 
-def test_critics_have_the_gradients_of_separate_networks() -> None:
-    critic = make_policy().critic
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_critics_have_the_gradients_of_separate_networks(normalization: str) -> None:
+    critic = make_policy(normalization=normalization).critic
     obs, actions = batch()
     weights = th.randn(2, 7)
     (critic.q_values(obs, actions) * weights).sum().backward()
@@ -136,8 +149,65 @@ def test_critics_have_the_gradients_of_separate_networks() -> None:
             th.testing.assert_close(ours[i, 0], layer.get_parameter("bias").grad)
 
 
+@pytest.mark.parametrize("n", [1, 7])
+def test_joint_values_are_normalised_by_both_batches(n: int) -> None:
+    """Equal to PyTorch's own batch normalisation in training mode, gradients of weights included."""
+    critic = make_policy().critic
+    (obs, actions), (next_obs, next_actions), weights = batch(n), batch(n), th.randn(2, n)
+    values, next_values = critic.joint_q_values(obs, actions, next_obs, next_actions)
+    assert values.shape == next_values.shape == (2, n) and not next_values.requires_grad
+    (values * weights).sum().backward()
+    modules = [module for module in critic.q_networks if list(module.parameters())]
+    for i, network in enumerate(separate_networks(critic)):
+        network.train()
+        inputs = th.cat([th.cat([obs, next_obs]), th.cat([actions, next_actions])], 1)
+        expected = network(inputs)[:, 0]
+        th.testing.assert_close(th.cat([values[i], next_values[i]]), expected)
+        (expected[:n] * weights[i]).sum().backward()
+        layers = [layer for layer in network if list(layer.parameters())]
+        for module, layer in zip(modules, layers, strict=True):
+            ours, theirs = module.get_parameter("bias").grad, layer.get_parameter("bias").grad
+            assert ours is not None
+            th.testing.assert_close(ours[i, 0], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_statistics_move_only_when_they_are_told_to() -> None:
+    critic = make_policy().critic
+    inputs = (*batch(), *batch())
+    before = {name: value.clone() for name, value in critic.named_buffers()}
+    values = critic.q_values(*inputs[:2])
+    critic.joint_q_values(*inputs)
+    assert all(th.equal(value, before[name]) for name, value in critic.named_buffers())
+    assert th.equal(critic.q_values(*inputs[:2]), values)  # by running statistics again
+    critic.update_statistics()
+    mean, variance = (critic.q_networks[0].get_buffer(name) for name in ("running_mean", "running_var"))
+    seen = th.cat([th.cat(inputs[0::2]), th.cat(inputs[1::2])], 1)  # (2 * batch, nobs + nu)
+    expected = before["q_networks.0.running_mean"].lerp(seen.mean(0), BATCH_NORM_MOMENTUM)
+    th.testing.assert_close(mean, expected)
+    expected = before["q_networks.0.running_var"].lerp(seen.var(0), BATCH_NORM_MOMENTUM)
+    th.testing.assert_close(variance, expected)
+    moved = {name: value.clone() for name, value in critic.named_buffers()}
+    critic.update_statistics()  # a batch counts once
+    assert all(th.equal(value, moved[name]) for name, value in critic.named_buffers())
+
+
+@pytest.mark.parametrize("normalization,has_targets", [("batch", False), ("layer", True), ("none", True)])
+def test_critics_normalised_by_batches_are_their_own_targets(normalization: str, has_targets: bool) -> None:
+    policy = make_policy(normalization=normalization)
+    assert (policy.critic_target is not policy.critic) == has_targets
+    copy = make_policy(normalization=normalization)
+    copy.load_state_dict(policy.state_dict())
+    inputs = batch()
+    assert th.equal(copy.critic.q_values(*inputs), policy.critic.q_values(*inputs))
+
+
+def test_unknown_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="`normalization` must be one of 'batch', 'layer', 'none', got 'group'"):
+        make_policy(normalization="group")
+
+
 def test_critics_start_different_and_targets_equal() -> None:
-    policy = MlpPolicy(OBSERVATIONS, ACTIONS, schedule, **SMALL, n_critics=3)
+    policy = MlpPolicy(OBSERVATIONS, ACTIONS, schedule, **SMALL, n_critics=3, normalization="layer")
     values = policy.critic.q_values(*(inputs := batch()))
     assert not th.allclose(values[0], values[1]) and not th.allclose(values[1], values[2])
     assert th.equal(policy.critic_target.q_values(*inputs), values)
@@ -157,7 +227,7 @@ def test_layers_start_as_pytorch_starts_them() -> None:
 
 
 def test_shared_features_extractor_does_not_learn_from_the_critics() -> None:
-    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True)
+    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True, normalization="layer")
     extractor = policy.actor.features_extractor
     assert policy.critic.features_extractor is extractor
     assert policy.critic_target.features_extractor is not extractor
@@ -172,7 +242,7 @@ def test_shared_features_extractor_does_not_learn_from_the_critics() -> None:
 
 
 def test_observation_gradients_pass_through_a_shared_features_extractor() -> None:
-    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True)
+    policy = make_policy(features_extractor_class=Extractor, share_features_extractor=True, normalization="layer")
     extractor = policy.actor.features_extractor
     (network, _), (obs, actions) = separate_networks(policy.critic), batch()
     obs.requires_grad_(True)
@@ -196,10 +266,10 @@ def test_input_gradients_and_their_gradients(kwargs: dict[str, Any], share_featu
         expected_o, expected_a = th.autograd.grad(values.sum(), inputs, create_graph=True)
         th.testing.assert_close(q_o[i], expected_o)
         th.testing.assert_close(q_a[i], expected_a)
-        first = network[0].get_parameter("weight")
+        first = network[1].get_parameter("weight")
         loss = (expected_o * weights_o[i]).sum() + (expected_a * weights_a[i]).sum()
         (expected,) = th.autograd.grad(loss, first)
-        actual = critic.q_networks[0].get_parameter("weight").grad
+        actual = critic.q_networks[1].get_parameter("weight").grad
         assert actual is not None
         th.testing.assert_close(actual[i].T, expected)
 
@@ -227,7 +297,7 @@ def test_no_gradient_is_kept_where_none_is_wanted() -> None:
     "kwargs",
     [
         {},
-        {"layer_norm": False, "activation_fn": nn.Tanh, "n_critics": 3, "net_arch": {"pi": [4], "qf": [5]}},
+        {"normalization": "none", "activation_fn": nn.Tanh, "n_critics": 3, "net_arch": {"pi": [4], "qf": [5]}},
         {"features_extractor_class": Extractor, "share_features_extractor": True},
         {"use_sde": True, "log_std_init": -2.0},
         {"optimizer_class": th.optim.SGD, "optimizer_kwargs": {"momentum": 0.5}},
@@ -339,8 +409,9 @@ def test_fused_adam_is_adam() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("kwargs", [{}, {"activation_fn": nn.RReLU}, {"features_extractor_class": Extractor}])
-def test_training_mode_is_that_of_every_module_that_may_care(kwargs: dict[str, Any], mode: bool) -> None:
-    policy = make_policy(**kwargs)
+@pytest.mark.parametrize("normalization", ["batch", "layer"])
+def test_training_mode_is_that_of_every_module_that_may_care(kwargs: dict[str, Any], mode: bool, normalization: str) -> None:
+    policy = make_policy(**kwargs, normalization=normalization)
     policy.set_training_mode(not mode)
     policy.set_training_mode(mode)
     assert policy.training == policy.actor.training == policy.critic.training == mode
@@ -349,4 +420,5 @@ def test_training_mode_is_that_of_every_module_that_may_care(kwargs: dict[str, A
     caring = [module for module in modules if isinstance(module, (nn.RReLU, Extractor))]
     assert bool(caring) == bool(kwargs)
     assert all(module.training == mode for module in caring)
-    assert not policy.critic_target.training and not policy.average_actor.training
+    assert not policy.average_actor.training
+    assert policy.critic_target is policy.critic or not policy.critic_target.training

@@ -12,7 +12,7 @@ import pytest
 import torch as th
 from small_models import flat_state, parameters_equal, small_model
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.noise import NormalActionNoise
@@ -61,10 +61,7 @@ def observations(model: AGPO, n: int = 8) -> Any:
 def test_save_and_load(env_id: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
     model = small_model(env_id, **kwargs).learn(80)
     model.save(tmp_path / "model.zip")
-    with warnings.catch_warnings():
-        # SB3 itself warns about the replay buffer class that it has chosen itself when the model was made
-        warnings.filterwarnings("ignore", message="`n_steps=3` is ignored")
-        loaded = AGPO.load(tmp_path / "model.zip", env=gym.make(env_id))
+    loaded = AGPO.load(tmp_path / "model.zip", env=gym.make(env_id))
     assert parameters_equal(model, loaded)
     obs = observations(model)
     assert np.array_equal(model.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
@@ -123,6 +120,38 @@ def test_load_from_memory_and_with_other_arguments() -> None:
     file.seek(0)
     with pytest.raises(ValueError, match="spaces do not match"):
         AGPO.load(file, env=gym.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(3, 1), (3, 2), (1, 3)])
+def test_automatic_replay_buffer_fits_the_steps_of_the_return(saved: int, loaded: int, tmp_path: Path) -> None:
+    small_model("Pendulum-v1", n_steps=saved).learn(30).save(tmp_path / "model")
+    model = AGPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), n_steps=loaded, gamma=0.5)
+    assert type(model.replay_buffer) is (NStepReplayBuffer if loaded > 1 else ReplayBuffer)
+    if isinstance(model.replay_buffer, NStepReplayBuffer):
+        assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (loaded, 0.5)
+    assert model.learn(40)._n_updates > 0
+
+
+class OwnReplayBuffer(ReplayBuffer):
+    """A class of the user's own."""
+
+
+@pytest.mark.parametrize("kind", [OwnReplayBuffer, ReplayBuffer])
+def test_replay_buffer_class_given_on_loading(kind: type[ReplayBuffer], tmp_path: Path) -> None:
+    small_model("Pendulum-v1").save(tmp_path / "model")
+    model = AGPO.load(tmp_path / "model", env=gym.make("Pendulum-v1"), replay_buffer_class=kind, n_steps=1)
+    assert type(model.replay_buffer) is kind
+    model.save(tmp_path / "second")
+    assert type(AGPO.load(tmp_path / "second").replay_buffer) is kind
+    automatic = AGPO.load(tmp_path / "second", replay_buffer_class=None, n_steps=3)
+    assert type(automatic.replay_buffer) is NStepReplayBuffer
+
+
+def test_attributes_that_are_no_arguments_may_be_given_on_loading(tmp_path: Path) -> None:
+    """Of the model or of a class of one's own, although some of their names are a little like that of an argument."""
+    small_model("Pendulum-v1").learn(30).save(tmp_path / "model")
+    model = AGPO.load(tmp_path / "model", num_timesteps=5, env_id="Pendulum-v1")
+    assert model.num_timesteps == 5
 
 
 @pytest.mark.parametrize(("n_envs", "others"), [(1, 3), (3, 1)])
@@ -215,7 +244,8 @@ def test_temperature_after_loading_is_the_one_that_is_optimized(tmp_path: Path) 
 @pytest.mark.parametrize("use_sde", [False, True])
 @pytest.mark.parametrize("share", [False, True])
 def test_save_and_load_policy(use_sde: bool, share: bool, tmp_path: Path) -> None:
-    kwargs = {"share_features_extractor": share, "layer_norm": False, "net_arch": {"pi": [8], "qf": [8, 4]}, "n_critics": 3}
+    net_arch = {"pi": [8], "qf": [8, 4]}
+    kwargs = {"share_features_extractor": share, "normalization": "none", "net_arch": net_arch, "n_critics": 3}
     model = small_model("Pendulum-v1", policy_kwargs=kwargs, use_sde=use_sde).learn(40)
     model.policy.save(tmp_path / "policy.pt")
     model.policy.average_actor.save(tmp_path / "actor.pt")

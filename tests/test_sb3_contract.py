@@ -176,7 +176,8 @@ POLICY_KWARGS: dict[str, dict[str, Any]] = {
     "adam_options": {"optimizer_kwargs": {"foreach": True, "eps": 1e-5}},
     "one_critic": {"n_critics": 1},
     "three_critics": {"n_critics": 3},
-    "no_layer_norm": {"layer_norm": False},
+    "layer_norm": {"normalization": "layer"},
+    "no_normalization": {"normalization": "none"},
     "extractor": {"features_extractor_class": TanhExtractor, "features_extractor_kwargs": {"features_dim": 5}},
     "shared_extractor": {"features_extractor_class": TanhExtractor, "share_features_extractor": True},
     "batch_norm": {"features_extractor_class": BatchNormDropoutExtractor},
@@ -204,7 +205,9 @@ def test_policy_class_and_alias() -> None:
 
 def test_training_mode() -> None:
     """Batch normalisation and dropout are off when acting, on when learning, and the targets never learn."""
-    model = small_model("InvertedPendulum-v5", policy_kwargs=POLICY_KWARGS["batch_norm"], learning_starts=10)
+    model = small_model(
+        "InvertedPendulum-v5", policy_kwargs={**POLICY_KWARGS["batch_norm"], "normalization": "layer"}, learning_starts=10
+    )
     model.learn(10)
     modes = {"actor": model.actor, "critic": model.critic, "critic_target": model.critic_target}
     assert not any(module.training for module in modes.values())
@@ -297,6 +300,13 @@ def test_no_training_stores_nothing_for_ever() -> None:
     model = small_model("InvertedPendulum-v5", gradient_steps=0).learn(200)
     assert len(model.rollout_buffer._transitions) < 60
     assert model._n_updates == 0
+
+
+def test_derivatives_that_nobody_uses_are_not_computed() -> None:
+    for critic_grad_coef in (0.0, 1.0):
+        model = small_model("InvertedPendulum-v5", rollout_epochs=0, critic_grad_coef=critic_grad_coef).learn(60)
+        assert model.dynamics is not None and model._n_updates > 0
+        assert (model.simulator_calls > model.num_timesteps) == (critic_grad_coef > 0.0)
 
 
 @pytest.mark.parametrize("env_id", TASKS)
@@ -552,7 +562,7 @@ def test_infinite_horizon_value(handle_timeout_termination: bool) -> None:
     """A time limit is no end of the task: the value is that of the endless one, 1 / (1 - gamma)."""
     model = small_model(
         gym.wrappers.TimeLimit(InfiniteHorizonEnv(), 8),
-        policy_kwargs={"net_arch": [16], "n_critics": 1},
+        policy_kwargs={"net_arch": [16], "n_critics": 1, "normalization": "layer"},  # few updates, fast targets
         gamma=0.98,
         tau=0.5,
         learning_rate=0.01,
@@ -584,11 +594,22 @@ def test_single_precision_replay_changes_nothing(n_steps: int) -> None:
     assert all(th.equal(single, double) for single, double in zip(*weights, strict=True))
 
 
+def test_other_replay_buffers_and_normalised_ones_keep_double_precision() -> None:
+    """Small changes of large numbers are what a buffer or a normalisation may have to tell apart."""
+    env = make_vec_env("Hopper-v5", 1)
+    for model in (small_model(env, replay_buffer_class=CountingReplayBuffer), small_model(VecNormalize(env))):
+        assert model.replay_buffer is not None
+        model.learn(30)
+        stored = model.replay_buffer.observations
+        assert stored.dtype == np.float64
+        assert (stored != stored.astype(np.float32)).any()
+
+
 def test_learns_identity_with_critic_alone() -> None:
     env = IdentityEnvBox(eps=0.5)
     model = small_model(
         env,
-        policy_kwargs={"net_arch": [64, 64]},
+        policy_kwargs={"net_arch": [64, 64], "normalization": "layer"},  # few updates
         gamma=0.95,
         learning_rate=1e-3,
         critic_learning_rate=1e-3,

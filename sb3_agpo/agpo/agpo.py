@@ -51,7 +51,6 @@ from sb3_agpo.agpo.updates import (
     replayed_policy_loss,
     sample_actions,
     temporal_difference_loss,
-    temporal_difference_targets,
     window_update,
 )
 from sb3_agpo.dynamics.interface import absent_derivatives
@@ -72,8 +71,8 @@ AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: steps of the critics' return by default
 N_STEPS = 3
 #: critic updates per policy update on replayed transitions, where fresh windows train the policy too
-POLICY_DELAY_BESIDE_WINDOWS = 16
-#: critic updates whose batches are drawn, and whose targets are computed, at once
+POLICY_DELAY_BESIDE_WINDOWS = 4
+#: critic updates whose batches are drawn at once
 BATCHES_AT_ONCE = 4
 #: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
 AVERAGED_POLICY = 20
@@ -107,7 +106,8 @@ class AGPO(OffPolicyAlgorithm):
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: steps with random actions before the first update
     :param batch_size: replayed transitions of each critic and policy update
-    :param tau: soft update coefficient of the target critics, in [0, 1]
+    :param tau: soft update coefficient of the target critics, in [0, 1], where there are any: with batch normalisation, the
+        default, the critics are their own targets
     :param gamma: discount factor
     :param train_freq: update every ``train_freq`` steps of the vectorised environment, or ``(n, "episode")``
     :param gradient_steps: critic updates each time; -1 for as many as transitions were collected
@@ -178,13 +178,13 @@ class AGPO(OffPolicyAlgorithm):
         self,
         policy: str | type[AGPOPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 1000,
         batch_size: int = 64,
         tau: float = 0.005,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
+        train_freq: int | tuple[int, str] = 4,
         gradient_steps: int = 4,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -295,7 +295,9 @@ class AGPO(OffPolicyAlgorithm):
         episodic = isinstance(self.train_freq, (tuple, list)) and self.train_freq[1] in ("episode", TrainFrequencyUnit.EPISODE)
         assert self.n_envs == 1 or not episodic, f"You must use only one env when doing episodic training, got {self.n_envs}"
         self._choose_n_steps()
+        given = dict(self.replay_buffer_kwargs)
         super()._setup_model()
+        self.replay_buffer_kwargs = given  # without what SB3 added for the buffer of its choice: another would not take it
         self._store_single_precision()
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
@@ -333,10 +335,9 @@ class AGPO(OffPolicyAlgorithm):
     def _choose_n_steps(self) -> None:
         """Resolve ``n_steps=None``, and let SB3 choose its replay buffer anew for a loaded model."""
         self.replay_buffer_kwargs = dict(self.replay_buffer_kwargs or {})  # SB3 adds to it, and it may be the caller's
-        if self._automatic_buffer and self.replay_buffer_class in AUTOMATIC_BUFFERS:  # chosen before the model was saved
+        self._automatic_buffer &= self.replay_buffer_class in (None, *AUTOMATIC_BUFFERS)  # a file may not say
+        if self._automatic_buffer:  # chosen before the model was saved
             self.replay_buffer_class = None
-            for name in ("n_steps", "gamma"):
-                self.replay_buffer_kwargs.pop(name, None)
         if self.n_steps is None:
             stock = self.replay_buffer_class is None and not self.optimize_memory_usage
             self.n_steps = N_STEPS if stock and not isinstance(self.observation_space, spaces.Dict) else 1
@@ -573,12 +574,11 @@ class AGPO(OffPolicyAlgorithm):
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
 
     def _sample_for_critic(self, n_batches: int, batch_size: int) -> list[CriticBatch]:
-        """Batches of replayed transitions; drawing them and computing their targets at once saves a third of the time."""
+        """Batches of replayed transitions; drawing them and acting after them at once saves time."""
         if self.use_sde:
             self.actor.reset_noise()
         data = self._sample_transitions(n_batches * batch_size)
-        targets = temporal_difference_targets(self.policy, data, self.gamma, self._current_ent_coef())
-        return critic_batches(data, targets, batch_size)
+        return critic_batches(self.policy, data, self.gamma, self._current_ent_coef(), batch_size)
 
     def _sample_transitions(self, n: int) -> ReplayBufferSamples:
         """Replayed transitions with the critics' returns, cut where they leave the policy."""
@@ -591,14 +591,15 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_critic(self, batch: CriticBatch) -> None:
         """Temporal differences on replayed transitions, gradient matching on stored derivatives."""
-        loss = temporal_difference_loss(self.critic, batch)
+        loss = temporal_difference_loss(self.policy, batch)
         self._record("critic_loss", loss.item())
         if self.critic_grad_coef > 0.0 and self.derivative_buffer.size > 0:
             derivatives = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
             matching = gradient_matching_loss(self.policy, derivatives, self.gamma, self._current_ent_coef())
             self._record("matching_loss", matching.item())
             loss = loss + self.critic_grad_coef * matching
-        self._step("critic", self.critic.optimizer, loss)
+        if math.isfinite(self._step("critic", self.critic.optimizer, loss)):
+            self.critic.update_statistics()
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
         """SAC's update of policy and temperature."""
@@ -679,6 +680,8 @@ class AGPO(OffPolicyAlgorithm):
         return norm
 
     def _update_target(self) -> None:
+        if self.critic_target is self.critic:  # batch normalisation needs no target networks
+            return
         with th.no_grad():
             th._foreach_lerp_(self._target_parameters, self._critic_parameters, self.tau)
         # Running statistics of batch normalisation are copied, see SB3 GH issue #996
@@ -723,6 +726,8 @@ class AGPO(OffPolicyAlgorithm):
         """
         check_names(set(kwargs) - set(inspect.signature(super().load).parameters), cls.__init__)
         check_arguments(kwargs)
+        if "replay_buffer_class" in kwargs:
+            kwargs["_automatic_buffer"] = kwargs["replay_buffer_class"] is None
         return super().load(path, *args, **kwargs)
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:

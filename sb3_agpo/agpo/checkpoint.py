@@ -58,6 +58,7 @@ NOT_ATTRIBUTES = (
     "replay_buffer",
     "rollout_buffer",
     "derivative_buffer",
+    "_automatic_buffer",
     "env",
     "dynamics",
     "provider_report",
@@ -185,8 +186,6 @@ def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
         arguments["train_freq"] = (frequency.frequency, frequency.unit.value)
     if model._automatic_buffer:
         arguments["replay_buffer_class"] = None
-        added = ("n_steps", "gamma") if model.n_steps > 1 else ()
-        arguments["replay_buffer_kwargs"] = {k: v for k, v in model.replay_buffer_kwargs.items() if k not in added}
     to_be_given = [name for name, value in arguments.items() if not is_plain(value)]
     return {name: value for name, value in arguments.items() if name not in to_be_given}, to_be_given
 
@@ -326,7 +325,7 @@ def restore_networks(model: AGPO, state: State) -> None:
     """
     try:
         model.set_parameters(state["parameters"], exact_match=True, device=model.device)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, ValueError) as error:
         raise ValueError(
             "the networks differ from those of the checkpoint; do not change `policy_kwargs`, nor `ent_coef` from a learned "
             f"temperature to a fixed one or back ({error})"

@@ -18,13 +18,14 @@ def separate_critics(module: nn.Module) -> StateDict:
     Weights under the names and in the shapes of SB3's critics: ``q_networks.0.weight`` becomes ``qf0.0.weight``, ...
 
     SB3's ``SACPolicy`` with the same architecture loads them: ``net_arch`` and ``activation_fn`` as here, and
-    ``layer_norm=False`` here, as its critics have no normalisation.
+    ``normalization="none"`` here, as its critics have no normalisation.
 
     SB3's policy has one actor. It becomes the averaged one, so that both act alike without exploration; but where actor and
     critics share a features extractor, it becomes the one that learns, whose features the critics know.
 
     :param module: a policy, or critics
     :return: its state dictionary, of which everything but critics and actor is unchanged
+    :raises ValueError: if the critics are normalised by batches, for which separate ones have no place
     """
     state = dict(module.state_dict())
     if isinstance(module, AGPOPolicy):
@@ -47,7 +48,8 @@ def join_critics(module: nn.Module, separate_state: Mapping[str, th.Tensor]) -> 
     :param module: a policy, or critics, to load them into; it is not changed
     :param separate_state: state dictionary with separate critics, of SB3's ``SACPolicy`` for example
     :return: state dictionary of ``module``
-    :raises ValueError: if it lacks critics of the module, or has others, naming one
+    :raises ValueError: if it lacks critics of the module, or has others, naming one; or if those of the module are
+        normalised by batches
     """
     parts: dict[str, list[th.Tensor]] = {}
     state = dict(separate_state)
@@ -74,6 +76,11 @@ def _correspondence(module: nn.Module) -> Iterator[tuple[str, str, int, bool]]:
     for prefix, critic in module.named_modules():
         if not isinstance(critic, EnsembleCritic):
             continue
+        if critic.batch_norms:
+            raise ValueError(
+                "SB3 has no critics with batch normalisation; to convert critics, train them with "
+                '`policy_kwargs={"normalization": "none"}`'
+            )
         start = f"{prefix}." if prefix else ""
         for position, layer in critic.q_networks.named_children():
             for parameter, _ in layer.named_parameters():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +16,11 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor, SACPolicy
 from torch import nn
 from torch.nn import functional as F
+
+#: how critics may be normalised
+NORMALIZATIONS = ("batch", "layer", "none")
+#: weight of a batch in the running statistics of batch normalisation
+BATCH_NORM_MOMENTUM = 0.01
 
 
 class EnsembleLinear(nn.Module):
@@ -67,6 +74,70 @@ class EnsembleLayerNorm(nn.Module):
         return th.addcmul(self.bias, F.layer_norm(inputs, (self.features,)), self.weight)
 
 
+class EnsembleBatchNorm(nn.Module):
+    r"""
+    Batch normalisation (Ioffe and Szegedy 2015) of ``n`` networks with their own statistics, scales and shifts.
+
+    It uses running statistics, in training mode too, except inside :meth:`EnsembleCritic.joint_q_values`. Those of a batch
+    join the running ones by :meth:`EnsembleCritic.update_statistics` only, so that a batch which is thrown away leaves no
+    trace.
+
+    :param n: number of networks
+    :param features: features to normalise
+    :param epsilon: added to the variance
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+
+    def __init__(self, n: int, features: int, epsilon: float = 1e-3) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(th.ones(n, 1, features))
+        self.bias = nn.Parameter(th.zeros(n, 1, features))
+        self.register_buffer("running_mean", th.zeros(n, 1, features))
+        self.register_buffer("running_var", th.ones(n, 1, features))
+        self.uses_batch = False
+        self.batch_statistics: tuple[th.Tensor, th.Tensor] | None = None  # mean and variance, without gradient
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        Normalise each feature.
+
+        :param inputs: shape ``(n, batch, features)``
+        :return: the same shape
+        """
+        if self.uses_batch:
+            return self._normalize_by_batch(inputs)
+        scale = self.weight * th.rsqrt(self.running_var + self.epsilon)  # (n, 1, features)
+        return th.addcmul(self.bias - self.running_mean * scale, inputs, scale)
+
+    def _normalize_by_batch(self, inputs: th.Tensor) -> th.Tensor:
+        n, batch, features = inputs.shape
+        mean, variance = th.zeros_like(self.running_mean), th.zeros_like(self.running_var)
+        # As features of one network, for which PyTorch has a kernel that is several times faster than means over an axis
+        joined = inputs.transpose(0, 1).reshape(batch, n * features)
+        statistics = mean.view(-1), variance.view(-1)  # a momentum of 1 makes them those of this batch
+        weight, bias = self.weight.view(-1), self.bias.view(-1)
+        outputs = F.batch_norm(joined, *statistics, weight, bias, training=True, momentum=1.0, eps=self.epsilon)
+        self.batch_statistics = mean, variance
+        return outputs.view(batch, n, features).transpose(0, 1)
+
+
+def normalization_layer(normalization: str, n: int, features: int) -> list[nn.Module]:
+    """
+    The layer between a hidden layer of critics and its activation.
+
+    :param normalization: one of ``NORMALIZATIONS``
+    :param n: number of critics
+    :param features: width of the hidden layer
+    :return: at most one layer
+    """
+    if normalization == "batch":
+        return [EnsembleBatchNorm(n, features)]
+    return [EnsembleLayerNorm(n, features)] if normalization == "layer" else []
+
+
 class EnsembleCritic(BaseModel):
     """
     ``n_critics`` Q-functions with the interface of SB3's ``ContinuousCritic``, evaluated as one batched network.
@@ -77,7 +148,8 @@ class EnsembleCritic(BaseModel):
     :param features_extractor: network that extracts features from observations
     :param features_dim: number of features
     :param activation_fn: activation; a smooth one gives much better action gradients than ReLU
-    :param layer_norm: normalise each hidden layer before its activation
+    :param normalization: of each hidden layer before its activation, one of ``NORMALIZATIONS``; batch normalisation comes
+        before the first layer too
     :param normalize_images: divide images by 255
     :param n_critics: number of Q-functions
     :param share_features_extractor: the features extractor belongs to the actor and is not trained here
@@ -93,7 +165,7 @@ class EnsembleCritic(BaseModel):
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
         activation_fn: type[nn.Module] = nn.SiLU,
-        layer_norm: bool = True,
+        normalization: str = "batch",
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = True,
@@ -103,13 +175,12 @@ class EnsembleCritic(BaseModel):
         )
         self.n_critics, self.share_features_extractor = n_critics, share_features_extractor
         widths = [features_dim + get_action_dim(action_space), *net_arch]
-        layers: list[nn.Module] = []
+        layers: list[nn.Module] = [EnsembleBatchNorm(n_critics, widths[0])] if normalization == "batch" else []
         for width_in, width_out in pairwise(widths):
             layers.append(EnsembleLinear(n_critics, width_in, width_out))
-            if layer_norm:
-                layers.append(EnsembleLayerNorm(n_critics, width_out))
-            layers.append(activation_fn())
+            layers += [*normalization_layer(normalization, n_critics, width_out), activation_fn()]
         self.q_networks = nn.Sequential(*layers, EnsembleLinear(n_critics, widths[-1], 1))
+        self.batch_norms = [layer for layer in layers if isinstance(layer, EnsembleBatchNorm)]
 
     def q_values(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -126,6 +197,47 @@ class EnsembleCritic(BaseModel):
             features = self.extract_features(obs, self.features_extractor)
         inputs = th.cat([features, actions], dim=1)
         return self.q_networks(inputs.expand(self.n_critics, *inputs.shape)).squeeze(-1)
+
+    def joint_q_values(
+        self, obs: PyTorchObs, actions: th.Tensor, next_obs: PyTorchObs, next_actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Values of transitions and of their successors, normalised by the statistics of both together.
+
+        Batch normalisation needs no target networks if it is made so (CrossQ, Bhatt et al. 2024): normalised by the statistics
+        of replayed actions alone, the policy's own next actions would be inputs of a kind that the critics have never seen.
+
+        :param obs: observations, batch of ``n``
+        :param actions: actions in [-1, 1], shape ``(n, nu)``
+        :param next_obs: next observations, batch of ``n``
+        :param next_actions: next actions, shape ``(n, nu)``
+        :return: shape ``(n_critics, n)`` each, the second without gradient
+        """
+        with self._using_batch_statistics():
+            q_values = self.q_values(_concatenate(obs, next_obs), th.cat([actions, next_actions]))
+        return q_values[:, : len(actions)], q_values[:, len(actions) :].detach()
+
+    @contextmanager
+    def _using_batch_statistics(self) -> Iterator[None]:
+        for layer in self.batch_norms:
+            layer.uses_batch = True
+        try:
+            yield
+        finally:
+            for layer in self.batch_norms:
+                layer.uses_batch = False
+
+    def update_statistics(self) -> None:
+        """Let the statistics of the last call of :meth:`joint_q_values` join the running ones."""
+        running: list[th.Tensor] = []
+        newest: list[th.Tensor] = []
+        for layer in self.batch_norms:
+            if layer.batch_statistics is not None:
+                running += [layer.running_mean, layer.running_var]
+                newest += layer.batch_statistics
+                layer.batch_statistics = None
+        if running:
+            th._foreach_lerp_(running, newest, BATCH_NORM_MOMENTUM)
 
     def input_gradients(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
@@ -162,9 +274,24 @@ class EnsembleCritic(BaseModel):
         return self(obs, actions)[0]
 
 
+def _concatenate(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:
+    if isinstance(first, th.Tensor) and isinstance(second, th.Tensor):
+        return th.cat([first, second])
+    return {key: th.cat([first[key], second[key]]) for key in first}  # type: ignore[index, call-overload, union-attr]
+
+
 #: modules that do the same in training and in evaluation
 MODELESS = (
-    *(Actor, EnsembleCritic, EnsembleLinear, EnsembleLayerNorm, FlattenExtractor, NatureCNN, CombinedExtractor),
+    *(
+        Actor,
+        EnsembleCritic,
+        EnsembleLinear,
+        EnsembleLayerNorm,
+        EnsembleBatchNorm,
+        FlattenExtractor,
+        NatureCNN,
+        CombinedExtractor,
+    ),
     *(nn.Sequential, nn.ModuleDict, nn.Flatten, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity),
     *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardtanh),
 )
@@ -180,7 +307,9 @@ class AGPOPolicy(SACPolicy):
     Parameters are those of SB3's ``SACPolicy``, and:
 
     :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
-    :param layer_norm: layer normalisation in the critics
+    :param normalization: of the critics. "batch": batch normalisation, and no target networks (CrossQ, Bhatt et al. 2024);
+        "layer": layer normalisation, and target networks as in SAC; "none": SAC's critics
+    :raises ValueError: if ``normalization`` is none of these
     """
 
     critic: EnsembleCritic  # type: ignore[assignment]
@@ -195,10 +324,12 @@ class AGPOPolicy(SACPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
         *args: Any,
-        layer_norm: bool = True,
+        normalization: str = "batch",
         **kwargs: Any,
     ) -> None:
-        self.layer_norm = layer_norm
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"`normalization` must be one of {', '.join(map(repr, NORMALIZATIONS))}, got {normalization!r}")
+        self.normalization = normalization
         if kwargs.get("optimizer_class", th.optim.Adam) is th.optim.Adam:
             # One kernel for all parameters; the arithmetic is Adam's. Some options of Adam exclude it
             options = kwargs.get("optimizer_kwargs") or {}
@@ -208,6 +339,8 @@ class AGPOPolicy(SACPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
+        if self.critic.batch_norms:
+            self.critic_target = self.critic
         with th.random.fork_rng(devices=[]):  # the other networks' weights do not depend on there being an average
             self.average_actor = self.make_actor()
         self.average_actor.load_state_dict(self.actor.state_dict())
@@ -240,11 +373,11 @@ class AGPOPolicy(SACPolicy):
         :return: a new ensemble
         """
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return EnsembleCritic(**critic_kwargs, layer_norm=self.layer_norm).to(self.device)
+        return EnsembleCritic(**critic_kwargs, normalization=self.normalization).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         parameters = super()._get_constructor_parameters()
-        parameters.update(layer_norm=self.layer_norm, share_features_extractor=self.share_features_extractor)
+        parameters.update(normalization=self.normalization, share_features_extractor=self.share_features_extractor)
         return parameters
 
 

@@ -17,7 +17,7 @@ from sb3_agpo.agpo.adaptive_gradient import (
     matching_targets,
     policy_loss,
 )
-from sb3_agpo.agpo.policies import Actor, AGPOPolicy, EnsembleCritic
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
 
@@ -35,7 +35,10 @@ class CriticBatch(NamedTuple):
 
     observations: Any  # batch of n
     actions: th.Tensor  # (n, nu), in [-1, 1]
-    targets: th.Tensor  # (n,)
+    rewards: th.Tensor  # (n,), of the whole return, and of the entropy where it ends
+    discounts: th.Tensor  # (n,), of the value where the return ends; 0 where the episode does
+    next_observations: Any  # batch of n, where the return ends
+    next_actions: th.Tensor  # (n, nu), the policy's
 
 
 class WindowUpdate(NamedTuple):
@@ -88,52 +91,53 @@ def next_values(policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor) -> t
     return policy.critic_target.q_values(observations, actions).min(0).values - ent_coef * log_prob
 
 
-def temporal_difference_targets(policy: AGPOPolicy, data: ReplayBufferSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:
+def critic_batches(
+    policy: AGPOPolicy, data: ReplayBufferSamples, gamma: float, ent_coef: th.Tensor, batch_size: int
+) -> list[CriticBatch]:
     """
-    What SAC's critics are trained to predict: the return up to where it ends, and the value there.
+    Let the policy act where the returns of replayed transitions end, and cut all that into batches, one for each update.
 
     :param policy: actor and critics
     :param data: replayed transitions, ``n`` of them
     :param gamma: discount factor, where the replay buffer gives none
     :param ent_coef: entropy temperature alpha
-    :return: shape ``(n,)``, without gradient
-    """
-    discounts = gamma if data.discounts is None else data.discounts.squeeze(-1)
-    with th.no_grad():
-        values = next_values(policy, data.next_observations, ent_coef)
-        return data.rewards.squeeze(-1) + (1.0 - data.dones.squeeze(-1)) * discounts * values
-
-
-def critic_batches(data: ReplayBufferSamples, targets: th.Tensor, batch_size: int) -> list[CriticBatch]:
-    """
-    Cut replayed transitions into batches, one for each update of the critics.
-
-    :param data: replayed transitions, ``n`` of them
-    :param targets: of these, shape ``(n,)``
     :param batch_size: transitions of each batch
-    :return: views of them
+    :return: the batches, without gradient
     """
-    observations: Any = data.observations
-    if isinstance(observations, dict):
-        parts = zip(*(value.split(batch_size) for value in observations.values()), strict=True)
-        split = [dict(zip(observations, part, strict=True)) for part in parts]
-    else:
-        split = observations.split(batch_size)
-    return [
-        CriticBatch(*batch) for batch in zip(split, data.actions.split(batch_size), targets.split(batch_size), strict=True)
-    ]
+    with th.no_grad():
+        next_actions, next_log_prob = sample_actions(policy.actor, data.next_observations)
+        discounts = (1.0 - data.dones.squeeze(-1)) * (gamma if data.discounts is None else data.discounts.squeeze(-1))
+        rewards = data.rewards.squeeze(-1) - discounts * ent_coef * next_log_prob
+    whole = CriticBatch(data.observations, data.actions, rewards, discounts, data.next_observations, next_actions)
+    return [CriticBatch(*parts) for parts in zip(*(_split(field, batch_size) for field in whole), strict=True)]
 
 
-def temporal_difference_loss(critic: EnsembleCritic, batch: CriticBatch) -> th.Tensor:
+def _split(field: Any, batch_size: int) -> list[Any]:
+    """Cut observations, which may be dictionaries, or anything else of a batch."""
+    if isinstance(field, dict):
+        parts = zip(*(value.split(batch_size) for value in field.values()), strict=True)
+        return [dict(zip(field, part, strict=True)) for part in parts]
+    return list(field.split(batch_size))
+
+
+def temporal_difference_loss(policy: AGPOPolicy, batch: CriticBatch) -> th.Tensor:
     """
-    SAC's critic loss.
+    SAC's critic loss. With batch normalisation the critics are their own targets, see :meth:`EnsembleCritic.joint_q_values`.
 
-    :param critic: the critics
-    :param batch: transitions and their targets
+    :param policy: actor and critics
+    :param batch: what to learn from, ``n`` transitions
     :return: half the mean squared error, summed over critics
     """
-    q_values = critic.q_values(batch.observations, batch.actions)  # (n_critics, n)
-    return 0.5 * (q_values - batch.targets).square().mean(1).sum()
+    if policy.critic.batch_norms:
+        q_values, next_q_values = policy.critic.joint_q_values(
+            batch.observations, batch.actions, batch.next_observations, batch.next_actions
+        )
+    else:
+        q_values = policy.critic.q_values(batch.observations, batch.actions)  # (n_critics, n)
+        with th.no_grad():
+            next_q_values = policy.critic_target.q_values(batch.next_observations, batch.next_actions)
+    targets = batch.rewards + batch.discounts * next_q_values.min(0).values  # (n,)
+    return 0.5 * (q_values - targets).square().mean(1).sum()
 
 
 def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:

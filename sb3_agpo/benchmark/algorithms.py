@@ -19,15 +19,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
-# What ``sac-fast`` shares with AGPO, so that what is left between the two is AGPO's use of derivatives and nothing else.
-# These are AGPO's own defaults, its number of environments included.
+# What ``sac-fast`` and ``crossq-fast`` share with AGPO: its own defaults, its number of environments included. The critics of
+# ``crossq-fast`` are normalised by batches as AGPO's are; those of ``sac-fast``, which has target networks, by layers.
 FAST_N_ENVS = 1
 FAST_ACTIVATION: type[nn.Module] = nn.SiLU
 FAST_SETTINGS: dict[str, Any] = {
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-3,
     "learning_starts": 1000,
     "batch_size": 64,
-    "train_freq": 1,
+    "train_freq": 4,
     "gradient_steps": 4,
     "ent_coef": "auto_0.1",
     "n_steps": 3,
@@ -38,7 +38,7 @@ NO_MATCHING = "-nomatch"  # as AGPO's defaults are
 MATCHING = 1.0  # weight of gradient matching otherwise
 RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
-NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "ppo", *AGPO_NAMES)
+NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES)
 
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
@@ -243,6 +243,9 @@ def _stock_algorithm(name: str) -> AlgorithmSpec:
     if name == "sac-fast":
         kwargs = {**common, **FAST_SETTINGS, "policy": LayerNormSACPolicy, "policy_kwargs": {"activation_fn": FAST_ACTIVATION}}
         return AlgorithmSpec(name, SAC, FAST_N_ENVS, kwargs)
+    if name == "crossq-fast":
+        policy_kwargs = {"activation_fn": FAST_ACTIVATION, "net_arch": [256, 256]}
+        return AlgorithmSpec(name, CrossQ, FAST_N_ENVS, {**common, **FAST_SETTINGS, "policy_kwargs": policy_kwargs})
     if name in AGPO_NAMES:
         # Only here, so that the baselines run without it.
         from sb3_agpo import AGPO

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.utils import polyak_update
 from tqdm import tqdm
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.agpo.updates import CriticBatch, gradient_matching_loss, temporal_difference_loss, temporal_difference_targets
+from sb3_agpo.agpo.updates import critic_batches, gradient_matching_loss, temporal_difference_loss
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 
 
@@ -61,13 +60,14 @@ def refit(model: AGPO, file: str, n_updates: int, matching: float) -> SavedModel
     model.critic.requires_grad_(True)
     for _ in tqdm(range(n_updates), desc=f"refit, matching {matching:g}", unit="update", leave=False):
         data = model.replay_buffer.sample(model.batch_size)
-        targets = temporal_difference_targets(model.policy, data, model.gamma, ent_coef)
-        loss = temporal_difference_loss(model.critic, CriticBatch(data.observations, data.actions, targets))
+        (transitions,) = critic_batches(model.policy, data, model.gamma, ent_coef, model.batch_size)
+        loss = temporal_difference_loss(model.policy, transitions)
         if matching > 0.0:
             batch = model.derivative_buffer.sample(model.critic_grad_batch_size)
             loss = loss + matching * gradient_matching_loss(model.policy, batch, model.gamma, ent_coef)
         model.critic.optimizer.zero_grad()
         loss.backward()
         model.critic.optimizer.step()
-        polyak_update(model.critic.parameters(), model.critic_target.parameters(), model.tau)
+        model.critic.update_statistics()
+        model._update_target()
     return SavedModel.of(model, file)

@@ -37,6 +37,7 @@ STYLES = {
     "sac-fast": Style("SAC, AGPO's settings", "#56B4E9", marker="D"),
     "tqc": Style("TQC", "#009E73", marker="^"),
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
+    "crossq-fast": Style("CrossQ, AGPO's settings", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
     "agpo-analytic": Style("AGPO, analytic", "#000000", "--", "X"),
     "agpo-q": Style("AGPO, critic only", "#7F7F7F", "--", "<"),

@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [64, 64]},
     "buffer_size": 2000,
     "learning_starts": 20,
+    "train_freq": 1,
     "batch_size": 16,
     "rollout_size": 16,
     "critic_grad_coef": 1.0,

@@ -30,16 +30,17 @@ from sb3_agpo.dynamics.wrappers import is_time_limit
 State = dict[str, Any]
 
 #: attributes that are no state of their own
-STRUCTURAL = ("env", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
-#: those of a ``MujocoEnv``, whose state is that of the simulator
-SIMULATOR = ("model", "data", "mujoco_renderer")
+STRUCTURAL = ("env", "mujoco_renderer", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
 #: types that hold no state of an episode
 INERT: tuple[type, ...] = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, functools.partial),
     *(EnvSpec, ResultsWriter),
 )
 #: packages and modules whose objects only make pictures
-PICTURES = ("pygame", "glfw", "cv2", "PIL", "matplotlib", "mujoco.renderer", "gymnasium.envs.mujoco.mujoco_rendering")
+PICTURES = (
+    *("pygame", "glfw", "cv2", "PIL", "matplotlib", "gymnasium.envs.mujoco.mujoco_rendering"),
+    *("mujoco.renderer", "mujoco.rendering", "mujoco.viewer"),  # the first two are the same in versions 3 and 4 of MuJoCo
+)
 #: packages whose wrappers keep all state that matters in plain attributes
 KNOWN_PACKAGES = ("gymnasium", "stable_baselines3", "sb3_agpo")
 
@@ -98,8 +99,9 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     attributes: State = {}
     generators: State = {}
     unknown: list[str] = []
+    simulator = layer.unwrapped if isinstance(layer.unwrapped, MujocoEnv) else None
     for key, value in vars(layer).items():
-        if key in STRUCTURAL or (isinstance(layer, MujocoEnv) and (key in SIMULATOR or _is_view(value, layer.data))):
+        if key in STRUCTURAL or (simulator is not None and _is_part(value, simulator)):
             continue
         if isinstance(value, gym.Space):
             generators[key] = space_generators(value)
@@ -122,9 +124,12 @@ def is_inert(value: Any) -> bool:
     return isinstance(value, INERT) or any(module.startswith(f"{name}.") for name in PICTURES)
 
 
-def _is_view(value: Any, data: mujoco.MjData) -> bool:
-    """Whether an array is memory of the simulator, so that a copy of its own must not take its place."""
-    return isinstance(value, np.ndarray) and any(np.may_share_memory(value, array) for _, array in _data_arrays(data))
+def _is_part(value: Any, simulator: MujocoEnv) -> bool:
+    """Whether an object is the simulator or memory of it, so that a copy of its own must not take its place."""
+    parts = (simulator.model, simulator.data)
+    if not isinstance(value, np.ndarray):
+        return any(value is part for part in parts)
+    return not value.flags.owndata and any(np.may_share_memory(value, array) for part in parts for _, array in _arrays(part))
 
 
 def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
@@ -180,7 +185,7 @@ def capture_simulator(env: MujocoEnv) -> State:
     """
     # Contacts and constraints live in an arena, are empty in fresh data, and are made anew in every step
     fresh = mujoco.MjData(env.model)
-    arrays = {name: view.copy() for name, view in _data_arrays(env.data) if _same_shape(view, getattr(fresh, name))}
+    arrays = {name: view.copy() for name, view in _arrays(env.data) if _same_shape(view, getattr(fresh, name))}
     warnings = [[int(warning.lastinfo), int(warning.number)] for warning in env.data.warning]
     return {"time": float(env.data.time), "arrays": arrays, "warnings": warnings, "model": model_checksum(env.model)}
 
@@ -214,9 +219,9 @@ def restore_simulator(env: MujocoEnv, state: State) -> list[str]:
     return []
 
 
-def _data_arrays(data: mujoco.MjData) -> Iterator[tuple[str, NDArray[Any]]]:
-    for name in dir(data):
-        if not name.startswith("_") and isinstance(view := getattr(data, name), np.ndarray) and view.size:
+def _arrays(part: mujoco.MjData | mujoco.MjModel) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name in dir(part):
+        if not name.startswith("_") and isinstance(view := getattr(part, name), np.ndarray) and view.size:
             yield name, view
 
 
