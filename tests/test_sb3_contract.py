@@ -609,7 +609,7 @@ def test_learns_identity_with_critic_alone() -> None:
     env = IdentityEnvBox(eps=0.5)
     model = small_model(
         env,
-        policy_kwargs={"net_arch": [64, 64], "normalization": "layer"},  # few updates
+        policy_kwargs={"net_arch": [64, 64]},
         gamma=0.95,
         learning_rate=1e-3,
         critic_learning_rate=1e-3,

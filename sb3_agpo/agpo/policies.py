@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 #: how critics may be normalised
 NORMALIZATIONS = ("batch", "layer", "none")
-#: weight of a batch in the running statistics of batch normalisation
-BATCH_NORM_MOMENTUM = 0.01
+#: weight of a batch in the running statistics of batch normalisation; with less they lag behind weights that move fast
+BATCH_NORM_MOMENTUM = 0.1
 
 
 class EnsembleLinear(nn.Module):
