@@ -123,5 +123,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = output.stat().st_mtime_ns
     capsys.readouterr()
     main(line.split())
-    assert output.stat().st_mtime_ns == written and "1,000 steps" in capsys.readouterr().out
+    assert output.stat().st_mtime_ns == written and "1,008 steps" in capsys.readouterr().out
     assert set(SECTIONS) >= {"kills", "cycles", "soak_pendulum", "soak_hopper", "wrong_calls", "faults"}
