@@ -200,10 +200,31 @@ def test_threads_and_batches_never_change_a_bit(task: str) -> None:
     assert_same_bits(backwards.take(slice(None, None, -1)), expected)
 
 
-def test_no_rows() -> None:
-    dynamics = MujocoDynamics(play(stock("reacher"), 1), ONE)
-    d = dynamics.differentiate(np.empty((0, dynamics.state_size)), np.empty((0, 2)))
-    assert d.A.shape == (0, 8, 8) and d.valid.shape == (0,)
+@pytest.mark.parametrize("task", STOCK)
+@pytest.mark.parametrize("centred", [False, True])
+def test_derivatives_by_the_action_alone_are_the_same_bits(task: str, centred: bool) -> None:
+    live = play(stock(task), 10)
+    dynamics = MujocoDynamics(live, FiniteDifferences(threads=1, centred=centred))
+    states, actions, _ = collect(live, dynamics, 5)
+    expected = dynamics.differentiate(states, actions)
+    calls = dynamics.simulator_calls
+    by_state = np.array([False, True, False, False, True])
+    actual = dynamics.differentiate(states, actions, by_state)
+    rows = dynamics.perturbations.n_rows, dynamics.action_perturbations.n_rows
+    assert rows[1] == 1 + dynamics.perturbations.nu * (1 + centred) < rows[0]
+    assert dynamics.simulator_calls - calls == 2 * rows[0] + 3 * rows[1]
+    assert_same_bits(actual.take(by_state), expected.take(by_state))
+    without = expected._replace(**{name: np.zeros_like(getattr(expected, name)) for name in ("A", "O_x", "r_x")})
+    assert_same_bits(actual.take(~by_state), without.take(~by_state))
+    assert_same_bits(dynamics.differentiate(states, actions, np.ones(5, dtype=bool)), expected)
+    assert_same_bits(dynamics.differentiate(states, actions, np.zeros(5, dtype=bool)), without)
+
+
+@pytest.mark.parametrize("task,ndx,nu", [("reacher", 8, 2), ("hopper", 12, 3)])
+def test_no_rows(task: str, ndx: int, nu: int) -> None:
+    dynamics = MujocoDynamics(play(stock(task), 1), ONE)
+    d = dynamics.differentiate(np.empty((0, dynamics.state_size)), np.empty((0, nu)))
+    assert d.A.shape == (0, ndx, ndx) and d.valid.shape == (0,)
 
 
 @pytest.mark.parametrize("task", ["half_cheetah", "ant"])

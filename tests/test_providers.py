@@ -682,6 +682,27 @@ def test_worker_processes_give_the_same_bits(start_method: str, opened: Callable
     assert all(e.env is e.unwrapped for e in there.get_attr("recorder"))
 
 
+@pytest.mark.parametrize("make", [hopper, custom, linear])
+def test_steps_differentiated_by_the_action_alone(make: Callable[[], Env], opened: Callable[[VecEnv], VecEnv]) -> None:
+    here, there = opened(DummyVecEnv([make] * 2)), opened(SubprocVecEnv([make] * 2, start_method="spawn"))
+    by_state, results = np.array([True, False, False]), []
+    for env, chosen in ((here, None), (here, by_state), (there, by_state)):
+        dynamics = attached(env)
+        roll(env, 3)
+        results.append(dynamics.take(3, chosen))
+        report = dynamics.report
+        by_action = 2 * 2 * report.rows_by_action + 2 * report.rows_per_transition
+        assert dynamics.simulator_calls == (6 * report.rows_per_transition if chosen is None else by_action)
+    expected, batched, apart = results
+    assert_same_bits(batched, apart)
+    first = slice(0, 2)
+    assert_same_bits(batched.take(first), expected.take(first))
+    # Other sources have nothing to save
+    saved = () if make is not hopper else ("A", "O_x", "r_x")
+    without = expected._replace(**{name: np.zeros_like(getattr(expected, name)) for name in saved})
+    assert_same_bits(batched.take(slice(2, 6)), without.take(slice(2, 6)))
+
+
 def test_different_options_have_engines_of_their_own(opened: Callable[[VecEnv], VecEnv]) -> None:
     costs = (1e-3, 0.5)
     env = opened(DummyVecEnv([lambda cost=cost: hopper(ctrl_cost_weight=cost) for cost in costs]))

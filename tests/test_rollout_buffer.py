@@ -176,6 +176,19 @@ def test_full_counts_transitions_with_derivatives(rollout_size: int, n_envs: int
     assert buffer.full
 
 
+def test_first_steps_of_windows_need_no_derivatives_by_the_state() -> None:
+    rng = np.random.default_rng(0)
+    buffer = DifferentiableRolloutBuffer(8, 3, 2)
+    for n_new, expected in ((4, [False, True, True, False]), (3, [True, True, False])):
+        for _ in range(n_new):
+            buffer.add(random_transition(rng, 2))
+        assert buffer.pending_inner().tolist() == expected
+        buffer.add_derivatives(random_derivatives(rng, 2 * n_new))
+    buffer.discard_windows()
+    buffer.add(random_transition(rng, 2))
+    assert buffer.pending_inner().tolist() == [False]
+
+
 def test_discarding_windows_keeps_pending_steps() -> None:
     filled = fill(1, 2, 3, [3, 1], n_pending=2)
     buffer = filled.buffer

@@ -309,6 +309,22 @@ def test_derivatives_that_nobody_uses_are_not_computed() -> None:
         assert (model.simulator_calls > model.num_timesteps) == (critic_grad_coef > 0.0)
 
 
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_derivatives_that_are_not_computed_change_nothing(monkeypatch: pytest.MonkeyPatch, horizon: int) -> None:
+    """Leaving out derivatives by the state where windows begin saves simulator calls and nothing else."""
+    models = []
+    for everything in (False, True):
+        model = small_model("Hopper-v5", horizon=horizon, critic_grad_coef=0.0)
+        if everything:
+            take = model.dynamics.take  # type: ignore[union-attr]
+            monkeypatch.setattr(model.dynamics, "take", lambda n_steps, by_state, take=take: take(n_steps))
+        models.append(model.learn(150))
+    fewer, more = (model.simulator_calls for model in models)
+    assert fewer < more
+    for left, right in zip(*(model.policy.parameters() for model in models), strict=True):
+        assert th.equal(left, right)
+
+
 @pytest.mark.parametrize("env_id", TASKS)
 @pytest.mark.parametrize("kind", ["normal", "ornstein_uhlenbeck"])
 @pytest.mark.parametrize("n_envs", [1, 2])

@@ -623,6 +623,20 @@ class TestDerivatives:
         for left, right in zip(expected, actual, strict=True):
             assert_same_values(left, right)
 
+    def test_steps_differentiated_by_the_action_alone(self) -> None:
+        results = []
+        for env in make_pair("Hopper-v5", n_envs=2):
+            dynamics, _ = attach_dynamics(env, FiniteDifferences(threads=1))
+            assert dynamics is not None
+            env.reset()
+            for row in draw_actions(env, 3):
+                env.step(row)
+            results.append((dynamics.take(3, np.array([False, True, True])), dynamics.simulator_calls))
+        assert results[0][1] == results[1][1] == 2 * (2 * (1 + 11 + 3) + (1 + 3))
+        assert not results[0][0].A[:2].any() and results[0][0].A[2:].any()
+        for left, right in zip(results[0][0], results[1][0], strict=True):
+            assert_same_values(left, right)
+
     def test_recording_only_when_it_is_wanted(self) -> None:
         env = make_mujoco_vec_env("Hopper-v5", 2, 0)
         dynamics, _ = env.attach_dynamics(FiniteDifferences(threads=1))

@@ -501,7 +501,9 @@ class AGPO(OffPolicyAlgorithm):
         start = time.perf_counter()
         n_pending = self.rollout_buffer.n_pending
         if self.needs_derivatives and self.dynamics.n_recorded == n_pending:
-            derivatives = self.dynamics.take(n_pending)
+            # Gradient matching is about all derivatives, windows about the action of their first step alone
+            by_state = self.rollout_buffer.pending_inner() if self.critic_grad_coef == 0.0 else None
+            derivatives = self.dynamics.take(n_pending, by_state)
         else:  # nobody wants them; or somebody else has stepped the environment, so that it is unknown which steps are ours
             self.dynamics.discard()
             derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes())

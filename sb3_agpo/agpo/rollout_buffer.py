@@ -159,6 +159,14 @@ class DifferentiableRolloutBuffer:
         """
         self._transitions.append(transition)
 
+    def pending_inner(self) -> NDArray[np.bool_]:
+        """
+        Which pending steps come after another in their window, so that its gradient needs their derivatives by the state.
+
+        :return: shape ``(n_pending,)``
+        """
+        return np.arange(self._n_differentiated, len(self._transitions)) % self.horizon != 0
+
     def pending_terminated(self) -> NDArray[np.bool_]:
         """
         Which pending transitions ended their episode for good.

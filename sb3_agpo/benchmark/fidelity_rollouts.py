@@ -34,7 +34,7 @@ class BatchSimulator:
     def __init__(self, env: MujocoEnv, threads: int = 1) -> None:
         self.dynamics = MujocoDynamics(env, FiniteDifferences(threads=threads))
         model = self.dynamics.model
-        self._stepper = make_stepper(model, self.dynamics.task, env.frame_skip, 1, threads)
+        self._stepper = make_stepper(model, self.dynamics.task, env.frame_skip, threads)
         self._limits = np.cumsum([1, model.nq, model.nv])  # of time, positions and velocities in the physics state
         self._parts = (self.dynamics.physics_size, self.dynamics.physics_size + int(model.nv))
         self.simulator_calls = 0  # environment steps simulated

@@ -46,11 +46,11 @@ class TransitionDerivatives(NamedTuple):
     terminated: NDArray[np.bool_]  # (n,)
     valid: NDArray[np.bool_]  # (n,) False: non-finite or exploding, all derivatives of the row are zero
 
-    def take(self, index: NDArray[np.int64] | slice) -> TransitionDerivatives:
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_] | slice) -> TransitionDerivatives:
         """
         Select transitions.
 
-        :param index: indices or slice into the batch axis
+        :param index: indices, mask or slice of the batch axis
         :return: the selected transitions
         """
         return TransitionDerivatives._make(field[index] for field in self)

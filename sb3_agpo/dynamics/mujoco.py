@@ -18,7 +18,7 @@ from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
-from sb3_agpo.dynamics.interface import Array, TransitionDerivatives
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, concatenate
 from sb3_agpo.dynamics.private_copy import model_bytes, private_model
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS, DataStepper, RolloutStepper, SteppedRows, silent_mujoco
 from sb3_agpo.dynamics.tangent import PositionTangent
@@ -88,6 +88,7 @@ class Perturbations:
     :param action_space: bounds of the actions that rows must not leave, all of them finite
     :param differences: step sizes and scheme
     :param fixed: tangent position coordinates that need no row, because a shift along them changes nothing
+    :param by_state: move the state too; without, only actions, and derivatives by the state are zero
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class Perturbations:
         action_space: spaces.Box,
         differences: FiniteDifferences,
         fixed: tuple[int, ...] = (),
+        by_state: bool = True,
     ) -> None:
         nv = tangent.nv
-        self.tangent, self.centred, self.fixed = tangent, differences.centred, fixed
+        self.tangent, self.centred, self.by_state = tangent, differences.centred, by_state
+        self.fixed = fixed if by_state else ()
         self.ndx, self.nu = 2 * nv + n_activations, action_space.shape[0]
         self.low, self.high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
         steps = np.empty(self.ndx + self.nu)
@@ -108,7 +111,8 @@ class Perturbations:
         steps[self.ndx :] = 0.5 * differences.action_step * (self.high - self.low)
         self.steps = steps  # (ndx + nu,)
         # An action whose range is a single point cannot be moved: its derivative stays zero
-        self.columns = np.setdiff1d(np.flatnonzero(steps), np.array(fixed, dtype=np.intp))
+        movable = np.setdiff1d(np.flatnonzero(steps), np.array(fixed, dtype=np.intp))
+        self.columns = movable if by_state else movable[movable >= self.ndx]
         self.n_rows = 1 + len(self.columns) * (2 if self.centred else 1)
 
     def perturb(self, physics: Array, actions: NDArray[np.floating]) -> tuple[Array, NDArray[np.floating], Array]:
@@ -219,15 +223,14 @@ class MujocoDynamics:
         self.differences = differences or FiniteDifferences()
         self.model = private_model(env.model)
         self.tangent = PositionTangent(self.model)
-        self.perturbations = Perturbations(
-            self.tangent, int(self.model.na), env.action_space, self.differences, task.invariant
-        )
+        layout = (self.tangent, int(self.model.na), env.action_space, self.differences, task.invariant)
+        self.perturbations = Perturbations(*layout)
+        self.action_perturbations = Perturbations(*layout, by_state=False)
         self.physics_size = mujoco.mj_stateSize(self.model, FULL_PHYSICS)
         self.state_size = self.physics_size + int(self.model.nv) + task.n_readings
         self.tangent_size = self.perturbations.ndx
         self.simulator_calls = 0  # environment steps simulated for differences
-        n_rows, threads = self.perturbations.n_rows, self.differences.n_threads
-        self._stepper = make_stepper(self.model, task, env.frame_skip, n_rows, threads)
+        self._stepper = make_stepper(self.model, task, env.frame_skip, self.differences.n_threads)
 
     def get_state(self) -> Array:
         """
@@ -242,24 +245,38 @@ class MujocoDynamics:
         state[readings:] = self.task.read(self.env.data)
         return state
 
-    def differentiate(self, states: Array, actions: NDArray[np.floating]) -> TransitionDerivatives:
+    def differentiate(
+        self, states: Array, actions: NDArray[np.floating], by_state: NDArray[np.bool_] | None = None
+    ) -> TransitionDerivatives:
         """
         Differentiate one environment step at each of ``n`` states.
 
         :param states: flat states as :meth:`get_state` returns them, shape ``(n, nx)``
         :param actions: actions as given to ``env.step``, shape ``(n, nu)``; the dtype is kept for the reward's arithmetic
+        :param by_state: steps to differentiate by the state too, shape ``(n,)``; None for all. The others' ``A``, ``O_x`` and
+            ``r_x`` are zero, and cost nothing
         :return: derivatives relative to ``actions``
         :raises ValueError: if the shapes do not fit
         """
         check_batch(states, actions, self.state_size, self.perturbations.nu)
+        if by_state is None or by_state.all():
+            return self._differentiate(states, actions, self.perturbations)
+        if not by_state.any():
+            return self._differentiate(states, actions, self.action_perturbations)
+        parts = [(np.flatnonzero(by_state), self.perturbations), (np.flatnonzero(~by_state), self.action_perturbations)]
+        derivatives = concatenate([self._differentiate(states[index], actions[index], scheme) for index, scheme in parts])
+        return derivatives.take(np.argsort(np.concatenate([index for index, _ in parts])))
+
+    def _differentiate(self, states: Array, actions: NDArray[np.floating], scheme: Perturbations) -> TransitionDerivatives:
         physics, warmstart, readings = np.split(states, [self.physics_size, self.physics_size + int(self.model.nv)], axis=1)
-        rows, row_actions, distance = self.perturbations.perturb(physics, actions.astype(np.float64))
-        n_rows = rows.shape[1]
+        rows, row_actions, distance = scheme.perturb(physics, actions.astype(np.float64))
+        n_rows = scheme.n_rows
+        starts = join_rows(rows), np.repeat(warmstart, n_rows, axis=0), join_rows(row_actions)
         with silent_mujoco():
-            stepped = self._stepper.step(join_rows(rows), np.repeat(warmstart, n_rows, axis=0), join_rows(row_actions))
+            stepped = self._stepper.step(*starts, n_rows)
         self.simulator_calls += len(states) * n_rows
         steps = self._steps(rows, row_actions, readings, stepped)
-        return self._assemble(steps, actions, distance, split_rows(stepped.physics, n_rows))
+        return self._assemble(scheme, steps, actions, distance, split_rows(stepped.physics, n_rows))
 
     def _steps(self, rows: Array, row_actions: NDArray[np.floating], readings: Array, stepped: SteppedRows) -> Steps:
         """All rows as one batch of steps, ``(n * n_rows, ...)``."""
@@ -286,10 +303,9 @@ class MujocoDynamics:
         return physics[:, 1 : 1 + nq], physics[:, 1 + nq : 1 + nq + nv]
 
     def _assemble(
-        self, steps: Steps, actions: NDArray[np.floating], distance: Array, next_physics: Array
+        self, scheme: Perturbations, steps: Steps, actions: NDArray[np.floating], distance: Array, next_physics: Array
     ) -> TransitionDerivatives:
         """Turn stepped rows, their physics ``(n, n_rows, nphysics)`` after the step, into derivatives."""
-        scheme = self.perturbations
         with np.errstate(all="ignore"):  # rows may have diverged
             nominal = self.task.outcome(select_rows(steps, scheme.n_rows, actions))
             perturbed = Outcome(*(split_rows(field, scheme.n_rows) for field in self.task.outcome(steps)))
@@ -332,22 +348,19 @@ class MujocoDynamics:
         self._stepper.close()
 
 
-def make_stepper(
-    model: mujoco.MjModel, task: TaskModel, frame_skip: int, n_rows: int, threads: int
-) -> RolloutStepper | DataStepper:
+def make_stepper(model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> RolloutStepper | DataStepper:
     """
     The fastest stepper that gives what a task reads.
 
     :param model: private model
     :param task: the task
     :param frame_skip: physics steps per environment step
-    :param n_rows: rows of a transition
     :param threads: threads to step with
     :return: the stepper
     """
     if task.n_readings == 0:
         return RolloutStepper(model, frame_skip, threads)
-    return DataStepper(model, task, frame_skip, n_rows, threads)
+    return DataStepper(model, task, frame_skip, threads)
 
 
 def reward_change(scheme: Perturbations, rewards: Array, terminated: NDArray[np.bool_]) -> Array:

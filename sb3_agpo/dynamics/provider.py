@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
     VecCheckNan,
@@ -48,11 +49,13 @@ class VecDynamics(Protocol):
         """Steps per environment that can be taken."""
         ...
 
-    def take(self, n_steps: int) -> TransitionDerivatives:
+    def take(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
         Differentiate the last steps of every environment, and forget what was recorded before.
 
         :param n_steps: steps per environment, counted back from the newest
+        :param by_state: steps to differentiate by the state too, shape ``(n_steps,)``; None for all. Derivatives of the others
+            by the state are zero where that saves work
         :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step, relative to the
             action in [-1, 1] and the observation the agent sees
         :raises ValueError: if ``n_steps`` is not positive
@@ -128,11 +131,13 @@ class VecEnvDynamics:
         """Steps per environment that can be taken."""
         return min(self.env.get_attr("n_recorded"))
 
-    def take(self, n_steps: int) -> TransitionDerivatives:
+    def take(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
         Differentiate the last steps of every environment, and forget what was recorded before.
 
         :param n_steps: steps per environment, counted back from the newest
+        :param by_state: steps to differentiate by the state too, shape ``(n_steps,)``; None for all. Derivatives of the others
+            by the state are zero where that saves work
         :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
@@ -140,15 +145,15 @@ class VecEnvDynamics:
         n_envs = self.env.num_envs
         check_available(n_steps, self.n_recorded)  # here, as an error would end a worker process
         if self._batched is None:
-            parts = self.env.env_method("take_derivatives", n_steps)
+            parts = self.env.env_method("take_derivatives", n_steps, by_state)
             stacked = (np.stack(fields, axis=1) for fields in zip(*parts, strict=True))  # (T, n_envs, ...)
             derivatives = TransitionDerivatives._make(field.reshape(-1, *field.shape[2:]) for field in stacked)
         else:
             records = self.env.env_method("take_records", n_steps)
             joined = (np.stack(fields, axis=1) for fields in zip(*records, strict=True))
             flat = StepRecords._make(field.reshape(-1, *field.shape[2:]) for field in joined)
-            derivatives = self._batched.differentiate_records(flat)
-        self.simulator_calls += n_steps * n_envs * self.report.rows_per_transition
+            derivatives = self._batched.differentiate_records(flat, None if by_state is None else by_state.repeat(n_envs))
+        self.simulator_calls += n_envs * self.report.simulator_calls(n_steps, by_state)
         return derivatives
 
     def keep_oldest(self, n_steps: int) -> None:

@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
+from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate
@@ -39,7 +40,19 @@ class ProviderReport(NamedTuple):
     reason: str
     tangent_size: int = 0  # ndx
     rows_per_transition: int = 0  # environment steps simulated to differentiate one
+    rows_by_action: int = 0  # the same for one that is differentiated by the action alone
     signature: bytes = b""  # equal for environments that one engine can serve
+
+    def simulator_calls(self, n_steps: int, by_state: NDArray[np.bool_] | None) -> int:
+        """
+        Environment steps simulated to differentiate consecutive steps.
+
+        :param n_steps: number of steps
+        :param by_state: those to differentiate by the state too, shape ``(n_steps,)``; None for all
+        :return: the number
+        """
+        n_by_state = n_steps if by_state is None else int(by_state.sum())
+        return n_by_state * self.rows_per_transition + (n_steps - n_by_state) * self.rows_by_action
 
 
 class StepRecords(NamedTuple):
@@ -177,18 +190,19 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """
         return stack_records(self._take(n_steps))
 
-    def take_derivatives(self, n_steps: int) -> TransitionDerivatives:
+    def take_derivatives(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
         Differentiate the last steps and forget everything recorded.
 
         :param n_steps: number of steps, counted back from the newest
+        :param by_state: see :meth:`differentiate_records`
         :return: their derivatives, oldest first, relative to the action in [-1, 1] and the observation the agent sees
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
         """
         records = self._take(n_steps)
         if self._deferred:
-            return self.differentiate_records(stack_records(records))
+            return self.differentiate_records(stack_records(records), by_state)
         parts = [record.derivatives for record in records if record.derivatives is not None]
         return self._finish(concatenate(parts), stack_records(records))
 
@@ -199,15 +213,19 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self._records = deque()
         return records
 
-    def differentiate_records(self, records: StepRecords) -> TransitionDerivatives:
+    def differentiate_records(self, records: StepRecords, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
         Differentiate steps recorded here or in an environment of the same signature.
 
-        :param records: the steps
+        :param records: ``T`` steps
+        :param by_state: steps to differentiate by the state too, shape ``(T,)``; None for all. Derivatives of the others by
+            the state are zero where that saves work
         :return: their derivatives, relative to the action in [-1, 1] and the observation the agent sees
         """
         assert self.dynamics is not None
-        return self._finish(self.dynamics.differentiate(records.states, records.actions), records)
+        # Other sources have nothing to save: exact derivatives come at once, others were taken before the step
+        options = {"by_state": by_state} if isinstance(self.dynamics, MujocoDynamics) else {}
+        return self._finish(self.dynamics.differentiate(records.states, records.actions, **options), records)
 
     def _finish(self, derivatives: TransitionDerivatives, records: StepRecords) -> TransitionDerivatives:
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
@@ -297,6 +315,7 @@ def choose_dynamics(
             f"{name} is a stock task: batched finite differences",
             stock.tangent_size,
             stock.perturbations.n_rows,
+            stock.action_perturbations.n_rows,
             hashlib.sha256(stock.signature() + scales).digest(),
         )
         return stock, report
@@ -305,7 +324,8 @@ def choose_dynamics(
     except TypeError as error:
         return None, ProviderReport("none", f"{name} is a custom MujocoEnv, but {error}")
     reason = f"{name} is a custom MujocoEnv: finite differences through its own step"
-    return custom, ProviderReport("env_step", reason, custom.tangent_size, custom.rows_per_transition)
+    rows = custom.rows_per_transition
+    return custom, ProviderReport("env_step", reason, custom.tangent_size, rows, rows)
 
 
 class RecorderInstaller:

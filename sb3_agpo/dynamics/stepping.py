@@ -83,24 +83,28 @@ class RolloutStepper:
         self._rollout: mujoco.rollout.Rollout | None = None
         self._data: list[mujoco.MjData] = []
 
-    def step(self, physics: Array, warmstart: Array, controls: Array) -> SteppedRows:
+    def step(self, physics: Array, warmstart: Array, controls: Array, n_rows: int = 1) -> SteppedRows:
         """
         Step every row by one environment step.
 
         :param physics: full physics states, shape ``(N, nphysics)``
         :param warmstart: constraint-solver warm starts, shape ``(N, nv)``
         :param controls: controls held during the step, shape ``(N, nu)``
+        :param n_rows: rows of a transition, one after the other
         :return: the rows after the step
         """
         if self._rollout is None:
             # With one thread the pool of zero workers runs in the calling thread
             self._rollout = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
             self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
-        n_rows = len(physics)
-        states = np.empty((n_rows, self.frame_skip, physics.shape[1]))
-        sensors = np.empty((n_rows, self.frame_skip, self.model.nsensordata))
+        total = len(physics)
+        states = np.empty((total, self.frame_skip, physics.shape[1]))
+        sensors = np.empty((total, self.frame_skip, self.model.nsensordata))
+        nothing = np.empty((total, 0))
+        if total == 0:  # of which MuJoCo dies
+            return SteppedRows(np.empty_like(physics), nothing, nothing)
         self._rollout.rollout(
-            [self.model] * n_rows,
+            [self.model] * total,
             self._data,
             np.ascontiguousarray(physics),
             np.repeat(controls[:, None], self.frame_skip, axis=1),
@@ -110,7 +114,6 @@ class RolloutStepper:
             state=states,
             sensordata=sensors,
         )
-        nothing = np.empty((n_rows, 0))
         return SteppedRows(states[:, -1], nothing, nothing)
 
     def close(self) -> None:
@@ -137,23 +140,23 @@ class DataStepper:
     :param model: private model
     :param task: tells what to read before and after a step
     :param frame_skip: physics steps per environment step
-    :param n_rows: rows of a transition, one after the other
     :param threads: threads to step with
     """
 
-    def __init__(self, model: mujoco.MjModel, task: TaskModel, frame_skip: int, n_rows: int, threads: int) -> None:
-        self.model, self.task, self.frame_skip, self.n_rows, self.threads = model, task, frame_skip, n_rows, threads
+    def __init__(self, model: mujoco.MjModel, task: TaskModel, frame_skip: int, threads: int) -> None:
+        self.model, self.task, self.frame_skip, self.threads = model, task, frame_skip, threads
         self._data: list[mujoco.MjData] = []
         self._pool: ThreadPoolExecutor | None = None
         self._reads_before = type(task).refresh is not TaskModel.refresh
 
-    def step(self, physics: Array, warmstart: Array, controls: Array) -> SteppedRows:
+    def step(self, physics: Array, warmstart: Array, controls: Array, n_rows: int = 1) -> SteppedRows:
         """
         Step every row by one environment step.
 
         :param physics: full physics states, shape ``(N, nphysics)``
         :param warmstart: constraint-solver warm starts, shape ``(N, nv)``
         :param controls: controls held during the step, shape ``(N, nu)``
+        :param n_rows: rows of a transition, one after the other
         :return: the rows after the step
         """
         if not self._data:
@@ -165,14 +168,14 @@ class DataStepper:
         limits = np.linspace(0, len(physics), self.threads + 1).astype(int)
         chunks = [slice(start, stop) for start, stop in pairwise(limits.tolist())]
         if self._pool is None:
-            self._step_chunk(self._data[0], chunks[0], starts, rows)
+            self._step_chunk(self._data[0], chunks[0], starts, rows, n_rows)
             return rows
         jobs = zip(self._data, chunks, strict=True)
-        for future in [self._pool.submit(self._step_chunk, data, chunk, starts, rows) for data, chunk in jobs]:
+        for future in [self._pool.submit(self._step_chunk, data, chunk, starts, rows, n_rows) for data, chunk in jobs]:
             future.result()
         return rows
 
-    def _step_chunk(self, data: mujoco.MjData, chunk: slice, starts: Array, rows: SteppedRows) -> None:
+    def _step_chunk(self, data: mujoco.MjData, chunk: slice, starts: Array, rows: SteppedRows, n_rows: int) -> None:
         # This loop runs thousands of times per batch: names are bound and arrays cut into rows outside of it
         model, frame_skip, reads_before = self.model, self.frame_skip, self._reads_before
         read, refresh = self.task.read, self.task.refresh
@@ -182,7 +185,7 @@ class DataStepper:
         before, after = rows.readings[chunk], rows.next_readings[chunk]
         given_up = -1  # the last transition that diverged
         for row, (start, end) in enumerate(zip(starts[chunk], rows.physics[chunk], strict=True)):
-            if given_up >= 0 and (chunk.start + row) // self.n_rows == given_up:
+            if given_up >= 0 and (chunk.start + row) // n_rows == given_up:
                 continue
             set_state(model, data, start, START)
             if reads_before:
@@ -190,7 +193,7 @@ class DataStepper:
                 before[row] = read(data)
             step(model, data, frame_skip)
             if bad_position.number or bad_velocity.number or bad_acceleration.number:
-                given_up = (chunk.start + row) // self.n_rows
+                given_up = (chunk.start + row) // n_rows
                 bad_position.number = bad_velocity.number = bad_acceleration.number = 0
                 continue
             finish(model, data)

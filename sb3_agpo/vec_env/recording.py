@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
 from sb3_agpo.dynamics.recorder import (
@@ -55,11 +56,13 @@ class BatchRecorder:
             self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // sum(array.nbytes for array in records)))
         self._records.append(records)
 
-    def take(self, n_steps: int) -> TransitionDerivatives:
+    def take(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
         Differentiate the last steps of every environment, and forget what was recorded before.
 
         :param n_steps: steps per environment, counted back from the newest
+        :param by_state: steps to differentiate by the state too, shape ``(n_steps,)``; None for all. Derivatives of the others
+            by the state are zero where that saves work
         :return: batch of ``n_steps * n_envs`` transitions, environment by environment within each step
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
@@ -68,8 +71,9 @@ class BatchRecorder:
         taken = list(self._records)[-n_steps:]
         records = StepRecords._make(np.concatenate(parts) for parts in zip(*taken, strict=True))
         self.discard()
-        self.simulator_calls += len(records.rewards) * self.report.rows_per_transition
-        return self._engine.differentiate_records(records)
+        n_envs = len(taken[0].rewards)
+        self.simulator_calls += n_envs * self.report.simulator_calls(n_steps, by_state)
+        return self._engine.differentiate_records(records, None if by_state is None else by_state.repeat(n_envs))
 
     def keep_oldest(self, n_steps: int) -> None:
         """
