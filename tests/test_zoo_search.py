@@ -36,7 +36,7 @@ def test_a_search_resumes_and_its_best_trial_trains(tmp_path: Path, quiet_optuna
     for run, trial in enumerate((trials[0], best), start=3):
         zoo("train", *study, "--trial-id", str(trial.number), "-params", "buffer_size:1000", "learning_starts:50")
         model = AGPO.load(tmp_path / "agpo" / f"{ENVIRONMENT}_{run}" / f"{ENVIRONMENT}.zip")
-        assert model.tau == trial.params["tau"]
+        assert model.tau == trial.params["tau"] and model.policy.normalization == trial.params["normalization"]
         assert model.gradient_mode == trial.params["gradient_mode"]
 
 

@@ -8,6 +8,7 @@ from rl_zoo3.hyperparams_opt import convert_offpolicy_params, sample_her_params
 
 from sb3_agpo.agpo.arguments import GRADIENT_MODES
 from sb3_agpo.agpo.gates import DisagreementGate, Gate, InverseVarianceGate, MagnitudeGate, VarianceSwitch
+from sb3_agpo.agpo.policies import NORMALIZATIONS
 
 if TYPE_CHECKING:
     import optuna
@@ -40,6 +41,7 @@ def sample_agpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         # AGPO's own
         "subsample_steps": trial.suggest_int("subsample_steps", 1, 4),
         "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 3e-3, log=True),
+        "normalization": trial.suggest_categorical("normalization", NORMALIZATIONS),
         "policy_delay": trial.suggest_categorical("policy_delay", [0, 1, 4, 16, 64]),
         "gradient_mode": trial.suggest_categorical("gradient_mode", GRADIENT_MODES),
         "gate": trial.suggest_categorical("gate", GATES),
@@ -66,6 +68,7 @@ def convert_agpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     # The zoo's part: gamma, batch_size, net_arch, and updates for every `subsample_steps` steps
     hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)
+    hyperparams["policy_kwargs"]["normalization"] = hyperparams.pop("normalization")
     hyperparams["rollout_size"] = 2 ** hyperparams.pop("rollout_size_pow")
     hyperparams["gate"] = _gate(hyperparams.pop("gate"), hyperparams.pop("gate_tolerance"))
     hindsight = {name: hyperparams.pop(name) for name in HINDSIGHT if name in hyperparams}
