@@ -189,6 +189,13 @@ def test_user_may_change_arguments(tmp_path: Path) -> None:
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 1e-5
 
 
+def test_memory_of_derivatives_may_be_changed_while_there_are_none(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5", critic_grad_coef=0.0).learn(40).save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "InvertedPendulum-v5", derivative_memory=0.25, critic_grad_coef=1.0)
+    resumed.learn(40, reset_num_timesteps=False)
+    assert resumed.derivative_buffer.memory_bytes == 250_000_000 and resumed.derivative_buffer.size > 0
+
+
 @pytest.mark.parametrize("n_steps", [1, 2])
 def test_arguments_that_buffers_keep_may_be_changed_too(n_steps: int, tmp_path: Path) -> None:
     small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path / "first")

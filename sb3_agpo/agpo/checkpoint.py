@@ -379,16 +379,18 @@ def restore_derivatives(model: AGPO, state: State) -> None:
 
     :param model: the model
     :param state: as :func:`capture_model` returned it
-    :raises ValueError: if the memory for derivatives differs
+    :raises ValueError: if the memory for derivatives differs, and some are stored
     """
     windows, stored = state["rollout_buffer"], state["derivative_buffer"]
-    if stored["memory_bytes"] != model.derivative_buffer.memory_bytes:
+    same_memory = stored["memory_bytes"] == model.derivative_buffer.memory_bytes
+    if stored["size"] > 0 and not same_memory:
         raise ValueError(
             f"`derivative_memory` is {model.derivative_memory:g} GB, that of the checkpoint was "
             f"{stored['memory_bytes'] / 1e9:g} GB; do not change it"
         )
     vars(model.rollout_buffer).update({name: windows[name] for name in windows if name not in ARGUMENTS_OF_BUFFERS})
-    model.derivative_buffer.__setstate__(stored)
+    if same_memory:
+        model.derivative_buffer.__setstate__(stored)
 
 
 def begin_new_episodes(model: AGPO) -> None:
