@@ -71,7 +71,7 @@ AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: steps of the critics' return by default
 N_STEPS = 3
 #: critic updates per policy update on replayed transitions, where fresh windows train the policy too
-POLICY_DELAY_BESIDE_WINDOWS = 4
+POLICY_DELAY_BESIDE_WINDOWS = 16
 #: critic updates whose batches are drawn at once
 BATCHES_AT_ONCE = 4
 #: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
@@ -106,8 +106,8 @@ class AGPO(OffPolicyAlgorithm):
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: steps with random actions before the first update
     :param batch_size: replayed transitions of each critic and policy update
-    :param tau: soft update coefficient of the target critics, in [0, 1], where there are any: with batch normalisation, the
-        default, the critics are their own targets
+    :param tau: soft update coefficient of the target critics, in [0, 1], where there are any: with batch normalisation
+        the critics are their own targets
     :param gamma: discount factor
     :param train_freq: update every ``train_freq`` steps of the vectorised environment, or ``(n, "episode")``
     :param gradient_steps: critic updates each time; -1 for as many as transitions were collected
@@ -178,13 +178,13 @@ class AGPO(OffPolicyAlgorithm):
         self,
         policy: str | type[AGPOPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int = 1000,
         batch_size: int = 64,
         tau: float = 0.005,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 4,
+        train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 4,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 #: how critics may be normalised
-NORMALIZATIONS = ("batch", "layer", "none")
+NORMALIZATIONS = ("layer", "batch", "none")
 #: weight of a batch in the running statistics of batch normalisation; with less they lag behind weights that move fast
 BATCH_NORM_MOMENTUM = 0.1
 
@@ -165,7 +165,7 @@ class EnsembleCritic(BaseModel):
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
         activation_fn: type[nn.Module] = nn.SiLU,
-        normalization: str = "batch",
+        normalization: str = "layer",
         normalize_images: bool = True,
         n_critics: int = 2,
         share_features_extractor: bool = True,
@@ -307,8 +307,8 @@ class AGPOPolicy(SACPolicy):
     Parameters are those of SB3's ``SACPolicy``, and:
 
     :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
-    :param normalization: of the critics. "batch": batch normalisation, and no target networks (CrossQ, Bhatt et al. 2024);
-        "layer": layer normalisation, and target networks as in SAC; "none": SAC's critics
+    :param normalization: of the critics. "layer": layer normalisation, and target networks as in SAC; "batch": batch
+        normalisation, and no target networks (CrossQ, Bhatt et al. 2024); "none": SAC's critics
     :raises ValueError: if ``normalization`` is none of these
     """
 
@@ -324,7 +324,7 @@ class AGPOPolicy(SACPolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.SiLU,
         *args: Any,
-        normalization: str = "batch",
+        normalization: str = "layer",
         **kwargs: Any,
     ) -> None:
         if normalization not in NORMALIZATIONS:

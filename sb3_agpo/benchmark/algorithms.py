@@ -24,10 +24,10 @@ from torch import nn
 FAST_N_ENVS = 1
 FAST_ACTIVATION: type[nn.Module] = nn.SiLU
 FAST_SETTINGS: dict[str, Any] = {
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "learning_starts": 1000,
     "batch_size": 64,
-    "train_freq": 4,
+    "train_freq": 1,
     "gradient_steps": 4,
     "ent_coef": "auto_0.1",
     "n_steps": 3,
