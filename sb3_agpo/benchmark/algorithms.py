@@ -19,8 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
-# What ``sac-fast`` and ``crossq-fast`` share with AGPO: its own defaults, its number of environments included. The critics of
-# ``crossq-fast`` are normalised by batches as AGPO's are; those of ``sac-fast``, which has target networks, by layers.
+# What ``sac-fast`` shares with AGPO: its own defaults, its number of environments included, and critics normalised by layers.
 FAST_N_ENVS = 1
 FAST_ACTIVATION: type[nn.Module] = nn.SiLU
 FAST_SETTINGS: dict[str, Any] = {
@@ -32,13 +31,18 @@ FAST_SETTINGS: dict[str, Any] = {
     "ent_coef": "auto_0.1",
     "n_steps": 3,
 }
+# ``agpo-batch-norm``: critics normalised by batches, without target networks, and fewer updates with larger steps. Worse by
+# steps, better by the clock; see docs/experiments.md. ``crossq-fast`` shares it as far as it can.
+BATCH_NORM = "agpo-batch-norm"
+BATCH_NORM_UPDATES: dict[str, Any] = {"learning_rate": 1e-3, "train_freq": 4}
+BATCH_NORM_SETTINGS: dict[str, Any] = {**BATCH_NORM_UPDATES, "policy_delay": 4, "policy_kwargs": {"normalization": "batch"}}
 
 GRADIENT_MODES = ("adaptive", "analytic", "q")
 NO_MATCHING = "-nomatch"  # as AGPO's defaults are
 MATCHING = 1.0  # weight of gradient matching otherwise
 RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
-NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES)
+NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, BATCH_NORM)
 
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
@@ -245,11 +249,14 @@ def _stock_algorithm(name: str) -> AlgorithmSpec:
         return AlgorithmSpec(name, SAC, FAST_N_ENVS, kwargs)
     if name == "crossq-fast":
         policy_kwargs = {"activation_fn": FAST_ACTIVATION, "net_arch": [256, 256]}
-        return AlgorithmSpec(name, CrossQ, FAST_N_ENVS, {**common, **FAST_SETTINGS, "policy_kwargs": policy_kwargs})
-    if name in AGPO_NAMES:
+        kwargs = {**common, **FAST_SETTINGS, **BATCH_NORM_UPDATES, "policy_kwargs": policy_kwargs}
+        return AlgorithmSpec(name, CrossQ, FAST_N_ENVS, kwargs)
+    if name in (*AGPO_NAMES, BATCH_NORM):
         # Only here, so that the baselines run without it.
         from sb3_agpo import AGPO
 
+        if name == BATCH_NORM:
+            return AlgorithmSpec(name, AGPO, FAST_N_ENVS, {**common, **BATCH_NORM_SETTINGS})
         kwargs = {**common, "gradient_mode": name.removeprefix("agpo-").removesuffix(NO_MATCHING)}
         kwargs["critic_grad_coef"] = 0.0 if name.endswith(NO_MATCHING) else MATCHING
         return AlgorithmSpec(name, AGPO, FAST_N_ENVS, kwargs)

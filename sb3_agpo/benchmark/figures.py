@@ -39,6 +39,7 @@ STYLES = {
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
     "crossq-fast": Style("CrossQ, AGPO's settings", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
+    "agpo-batch-norm": Style("AGPO, batch normalisation", "#8C510A", "-.", "p"),
     "agpo-analytic": Style("AGPO, analytic", "#000000", "--", "X"),
     "agpo-q": Style("AGPO, critic only", "#7F7F7F", "--", "<"),
     "agpo-adaptive-nomatch": Style("AGPO without matching", "#D55E00", ":", "o"),
@@ -46,7 +47,7 @@ STYLES = {
     "agpo-q-nomatch": Style("AGPO, critic only, without matching", "#7F7F7F", ":", "<"),
 }
 # For names that the table does not know, in order; they go on with dashes when the colours are used up.
-SPARE_COLORS = ("#000000", "#7F7F7F", "#8C510A", "#762A83")
+SPARE_COLORS = ("#000000", "#7F7F7F", "#762A83", "#8C510A")
 SPARE_LINES: tuple[LineStyle, ...] = ("-", "--", ":", "-.")
 
 TIME_LABELS = {"seconds": "seconds of learning", "cpu_seconds": "processor seconds of learning"}

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 RANDOM = "random"
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in ("", "-nomatch"))
 # In the order in which tables and legends show them; names given by ``--label`` come after.
-ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS)
+ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-batch-norm")
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,18 @@ PROJECTED_STEPS = 1_000_000
 GROWTH_STEPS, QUICK_GROWTH_STEPS = 30_000, 3_000
 
 
-def measure_learning(case: Case, effort: Effort) -> Medians:
+def measure_learning(case: Case, effort: Effort, **changes: Any) -> Medians:
     """
     Speed of ``learn`` after the warm-up: collecting, derivatives and all updates.
 
     :param case: task and threads, which are torch's and those of the derivatives
     :param effort: how long
+    :param changes: arguments of AGPO that are not to have their defaults
     :return: environment steps per second
     """
     differences = FiniteDifferences(threads=case.threads)
     common: dict[str, Any] = {"seed": 0, "device": "cpu", "learning_starts": LEARNING_STARTS}
-    ours = AGPO("MlpPolicy", case.task, finite_differences=differences, **common)
+    ours = AGPO("MlpPolicy", case.task, finite_differences=differences, **common, **changes)
     reference = SAC("MlpPolicy", case.task, **common)
     least = QUICK_STEPS if effort.quick else STEPS
     n_steps = ours.rollout_size * -(-least // ours.rollout_size)  # whole batches of windows

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from sb3_agpo.benchmark.algorithms import BATCH_NORM_SETTINGS
 from sb3_agpo.benchmark.speed_derivatives import (
     EULER_TASKS,
     N_TRANSITIONS,
@@ -125,6 +127,9 @@ MEASURES: dict[str, Measure] = {
     "learn": Measure(
         measure_learning, _STEPS, "`AGPO.learn`", "`SAC.learn`", (Goal(3.0, False, _EASY), Goal(1.5, False, _HARD))
     ),
+    "learn_batch_norm": Measure(
+        partial(measure_learning, **BATCH_NORM_SETTINGS), _STEPS, "`AGPO.learn`, critics normalised by batches", "`SAC.learn`"
+    ),
     "memory_growth": Measure(measure_growth, "MB", "growth of a run's memory", "size of the arrays it filled"),
     "memory_1m_steps": Measure(
         project_memory, "MB", "memory of a million steps, projected", f"{MEMORY_LIMIT:g} MB", (Goal(1.0, True),)
@@ -171,7 +176,7 @@ SECTIONS: dict[str, Callable[[Sequence[int]], Iterator[Case]]] = {
     "threads": lambda threads: _product(["jacobian_threads"], TASKS, [1], [count for count in threads if count > 1]),
     "vec_env": _vec_env,
     "updates": lambda threads: _product(_UPDATES, UPDATE_TASKS, [1], threads),
-    "end_to_end": lambda threads: _product(["learn"], [*_EASY, *_HARD], [1], threads),
+    "end_to_end": lambda threads: _product(["learn", "learn_batch_norm"], [*_EASY, *_HARD], [1], threads),
     "memory": lambda _: _product(["memory_growth", "memory_1m_steps"], MEMORY_TASKS, [1], [1]),
     "profile": lambda _: _product(_PROFILE, PROFILED_TASKS, [1], [1]),
 }
