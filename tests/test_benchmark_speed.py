@@ -238,7 +238,7 @@ class TestCommand:
         [
             ("vec_env", "Hopper-v5", 2),
             ("updates", "HalfCheetah-v5", 5),
-            ("end_to_end", "Hopper-v5", 1),
+            ("end_to_end", "Hopper-v5", 2),
             ("profile", "Hopper-v5", 10),
         ],
     )

@@ -101,7 +101,8 @@ def test_refusals() -> None:
 
 
 def test_batch_normalisation_cannot_be_converted() -> None:
-    ours = AGPO("MlpPolicy", ENV, policy_kwargs={"net_arch": [7, 5]}, seed=0, device="cpu")
+    policy_kwargs = {"net_arch": [7, 5], "normalization": "batch"}
+    ours = AGPO("MlpPolicy", ENV, policy_kwargs=policy_kwargs, seed=0, device="cpu")
     with pytest.raises(ValueError, match="no critics with batch normalisation"):
         separate_critics(ours.policy)
     with pytest.raises(ValueError, match="no critics with batch normalisation"):

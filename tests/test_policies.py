@@ -172,7 +172,7 @@ def test_joint_values_are_normalised_by_both_batches(n: int) -> None:
 
 
 def test_statistics_move_only_when_they_are_told_to() -> None:
-    critic = make_policy().critic
+    critic = make_policy(normalization="batch").critic
     inputs = (*batch(), *batch())
     before = {name: value.clone() for name, value in critic.named_buffers()}
     values = critic.q_values(*inputs[:2])
@@ -202,7 +202,7 @@ def test_critics_normalised_by_batches_are_their_own_targets(normalization: str,
 
 
 def test_unknown_normalisation_is_refused() -> None:
-    with pytest.raises(ValueError, match="`normalization` must be one of 'batch', 'layer', 'none', got 'group'"):
+    with pytest.raises(ValueError, match="`normalization` must be one of 'layer', 'batch', 'none', got 'group'"):
         make_policy(normalization="group")
 
 
@@ -252,9 +252,14 @@ def test_observation_gradients_pass_through_a_shared_features_extractor() -> Non
 
 @pytest.mark.parametrize("kwargs", [{}, {"features_extractor_class": Extractor}], ids=["raw", "extracted"])
 @pytest.mark.parametrize("share_features_extractor", [True, False])
-def test_input_gradients_and_their_gradients(kwargs: dict[str, Any], share_features_extractor: bool) -> None:
+@pytest.mark.parametrize("normalization", ["layer", "batch"])
+def test_input_gradients_and_their_gradients(
+    kwargs: dict[str, Any], share_features_extractor: bool, normalization: str
+) -> None:
     """First derivatives, and the weights' gradients of a loss on them, as gradient matching needs them."""
-    critic = make_policy(**kwargs, share_features_extractor=share_features_extractor, n_critics=3).critic
+    kwargs = {**kwargs, "share_features_extractor": share_features_extractor, "normalization": normalization}
+    critic = make_policy(**kwargs, n_critics=3).critic
+    index = next(i for i, layer in enumerate(critic.q_networks) if isinstance(layer, EnsembleLinear))  # of the first layer
     obs, actions = batch()
     weights_o, weights_a = th.randn(3, 7, NOBS), th.randn(3, 7, NU)
     q_o, q_a = critic.input_gradients(obs, actions)
@@ -266,10 +271,10 @@ def test_input_gradients_and_their_gradients(kwargs: dict[str, Any], share_featu
         expected_o, expected_a = th.autograd.grad(values.sum(), inputs, create_graph=True)
         th.testing.assert_close(q_o[i], expected_o)
         th.testing.assert_close(q_a[i], expected_a)
-        first = network[1].get_parameter("weight")
+        first = network[index].get_parameter("weight")
         loss = (expected_o * weights_o[i]).sum() + (expected_a * weights_a[i]).sum()
         (expected,) = th.autograd.grad(loss, first)
-        actual = critic.q_networks[1].get_parameter("weight").grad
+        actual = critic.q_networks[index].get_parameter("weight").grad
         assert actual is not None
         th.testing.assert_close(actual[i].T, expected)
 
