@@ -549,7 +549,7 @@ class AGPO(OffPolicyAlgorithm):
             for batch in self._sample_for_critic(min(BATCHES_AT_ONCE, gradient_steps - first), batch_size):
                 self._update_critic(batch)
                 if policy_delay and self._n_updates % policy_delay == 0:
-                    self._update_policy_from_replay(batch.observations)
+                    self._update_policy_from_replay(batch_size)
                 if self._n_updates % self.target_update_interval == 0:
                     self._update_target()
                 self._n_updates += 1
@@ -603,12 +603,13 @@ class AGPO(OffPolicyAlgorithm):
         if math.isfinite(self._step("critic", self.critic.optimizer, loss)):
             self.critic.update_statistics()
 
-    def _update_policy_from_replay(self, observations: Any) -> None:
-        """SAC's update of policy and temperature, on observations that the critics have just learnt from."""
+    def _update_policy_from_replay(self, batch_size: int) -> None:
+        """SAC's update of policy and temperature, on states of its own: not those that the critics have just been fitted to."""
         if self.use_sde:
             self.actor.reset_noise()
+        data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
         self._set_critic_trainable(False)
-        loss, log_prob = replayed_policy_loss(self.policy, observations, self._current_ent_coef())
+        loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
         self._record("actor_loss", loss.item())
         # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
         self._step("actor", self.actor.optimizer, loss, self.max_grad_norm if self._trains_on_windows() else math.inf)
