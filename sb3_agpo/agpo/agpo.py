@@ -604,7 +604,7 @@ class AGPO(OffPolicyAlgorithm):
             self.critic.update_statistics()
 
     def _update_policy_from_replay(self, batch_size: int) -> None:
-        """SAC's update of policy and temperature, on states of its own: not those that the critics have just been fitted to."""
+        """SAC's update of policy and temperature, on states that the critics have not just been fitted to."""
         if self.use_sde:
             self.actor.reset_noise()
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
