@@ -30,24 +30,25 @@ class Style(NamedTuple):
     marker: str = "o"
 
 
-# The palette of Okabe and Ito, which people of any colour vision can tell apart; markers differ as well.
+# The palette of Okabe and Ito, which people of any colour vision can tell apart, and a dark purple; markers differ as well.
+# AGPO's defaults match no gradients.
 STYLES = {
-    "agpo-adaptive": Style("AGPO", "#D55E00", marker="o"),
+    "agpo-adaptive": Style("AGPO, matching", "#D55E00", ":", "o"),
     "sac": Style("SAC", "#0072B2", marker="s"),
     "sac-fast": Style("SAC, AGPO's settings", "#56B4E9", marker="D"),
     "tqc": Style("TQC", "#009E73", marker="^"),
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
     "crossq-fast": Style("CrossQ, AGPO's settings", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
-    "agpo-batch-norm": Style("AGPO, batch normalisation", "#8C510A", "-.", "p"),
-    "agpo-analytic": Style("AGPO, analytic", "#000000", "--", "X"),
-    "agpo-q": Style("AGPO, critic only", "#7F7F7F", "--", "<"),
-    "agpo-adaptive-nomatch": Style("AGPO without matching", "#D55E00", ":", "o"),
-    "agpo-analytic-nomatch": Style("AGPO, analytic, without matching", "#000000", ":", "X"),
-    "agpo-q-nomatch": Style("AGPO, critic only, without matching", "#7F7F7F", ":", "<"),
+    "agpo-batch-norm": Style("AGPO, batch normalisation", "#762A83", "-.", "p"),
+    "agpo-analytic": Style("AGPO, analytic, matching", "#000000", ":", "X"),
+    "agpo-q": Style("AGPO, critic only, matching", "#7F7F7F", ":", "<"),
+    "agpo-adaptive-nomatch": Style("AGPO", "#D55E00", marker="o"),
+    "agpo-analytic-nomatch": Style("AGPO, analytic", "#000000", "--", "X"),
+    "agpo-q-nomatch": Style("AGPO, critic only", "#7F7F7F", "--", "<"),
 }
 # For names that the table does not know, in order; they go on with dashes when the colours are used up.
-SPARE_COLORS = ("#000000", "#7F7F7F", "#762A83", "#8C510A")
+SPARE_COLORS = ("#000000", "#7F7F7F", "#8C510A", "#1B7837")
 SPARE_LINES: tuple[LineStyle, ...] = ("-", "--", ":", "-.")
 
 TIME_LABELS = {"seconds": "seconds of learning", "cpu_seconds": "processor seconds of learning"}
