@@ -38,7 +38,7 @@ STYLES = {
     "sac-fast": Style("SAC, AGPO's settings", "#56B4E9", marker="D"),
     "tqc": Style("TQC", "#009E73", marker="^"),
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
-    "crossq-fast": Style("CrossQ, AGPO's settings", "#CC79A7", "--", "v"),
+    "crossq-fast": Style("CrossQ, settings of AGPO with batch norm.", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
     "agpo-batch-norm": Style("AGPO, batch normalisation", "#762A83", "-.", "p"),
     "agpo-analytic": Style("AGPO, analytic, matching", "#000000", ":", "X"),
