@@ -245,6 +245,27 @@ def test_longer_runs_are_compared_at_equal_steps(tmp_path: Path) -> None:
     assert results.final("tqc", HOPPER).tolist() == [5]
 
 
+def test_comparison_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--steps`` compares sooner where budgets are larger, and changes nothing where they are smaller."""
+    path = write_csv(
+        tmp_path / "learning.csv",
+        run("sac", HOPPER, 0, [1, 2, 3]),
+        run("agpo-q", HOPPER, 0, [4, 5]),
+        run("agpo-adaptive", HOPPER, 0, [6, 7, 8, 9]),
+        run("sac", CHEETAH, 0, [1]),
+    )
+    results = load(path, steps=10_000)
+    assert results.budgets == {HOPPER: 10_000, CHEETAH: 5_000}
+    finals = [results.final(name, HOPPER).tolist() for name in ("sac", "agpo-q", "agpo-adaptive")]
+    assert finals == [[2], [5], [7]]
+    assert main(["report", "--input", str(path), "--output", str(tmp_path), "--steps", "10000"]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "Hopper-v5, 10k steps" in text
+    assert "--steps 10000" in text
+    assert main(["report", "--input", str(path), "--output", str(tmp_path), "--steps", "0"]) == 2
+    assert "`--steps` must be positive, got 0" in capsys.readouterr().err
+
+
 def test_unfinished_runs_are_live_only(tmp_path: Path) -> None:
     """Rows of a run in progress make a curve on demand, and no final return."""
     path = write_csv(tmp_path / "learning.csv", run("sac", HOPPER, 0, [1, 2, 3]))

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", default="sac", help="algorithm with a normalised score of 1 (default: %(default)s)")
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
     add("--time", choices=["seconds", "cpu_seconds"], default="seconds", help="clock of the figure (default: %(default)s)")
+    add("--steps", type=int, help="compare runs after so many environment steps, or at their end if that is sooner")
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
 
 
@@ -242,7 +243,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
         f"within tasks. A normalised score is 0 at the random policy's return and 1 at {baseline}'s mean final return; IQM is "
         "the interquartile mean over runs and tasks. Times are those of learning alone, evaluations left out.\n\n",
-        "## Return at the end of the budget\n\nMean, interval and, in parentheses, number of seeds.\n\n",
+        "## Final return\n\nAfter the steps named: mean, interval and, in parentheses, number of seeds.\n\n",
         final_table(results, algorithms),
         *pictures[2:],
         f"## What it takes to reach {baseline}'s final return\n\n"
@@ -272,13 +273,16 @@ def main(options: argparse.Namespace) -> int:
     :return: exit code 0
     :raises ValueError: if there is nothing to report
     """
-    results = load(options.input, options.baseline, options.algorithms, options.live)
+    if options.steps is not None and options.steps <= 0:
+        raise ValueError(f"`--steps` must be positive, got {options.steps}")
+    results = load(options.input, options.baseline, options.algorithms, options.live, options.steps)
     if not results.curves:
         raise ValueError(f"{options.input} has no runs to report with these options; see 'learning' to make some")
     command = ["python", "-m", "sb3_agpo.benchmark", "report", "--input", str(options.input), "--output", str(options.output)]
     command += ["--baseline", options.baseline] if options.baseline != "sac" else []
     command += ["--algorithms", *options.algorithms] if options.algorithms else []
     command += ["--time", options.time] if options.time != "seconds" else []
+    command += ["--steps", str(options.steps)] if options.steps is not None else []
     command += ["--live"] if options.live else []
     path = write(results, options.output, options.time, shlex.join(command))
     for note in results.notes:

@@ -193,7 +193,9 @@ class Results:
         )
 
 
-def load(path: Path, baseline: str = "sac", algorithms: Sequence[str] | None = None, live: bool = False) -> Results:
+def load(
+    path: Path, baseline: str = "sac", algorithms: Sequence[str] | None = None, live: bool = False, steps: int | None = None
+) -> Results:
     """
     Read what can be compared from a CSV file.
 
@@ -201,6 +203,7 @@ def load(path: Path, baseline: str = "sac", algorithms: Sequence[str] | None = N
     :param baseline: algorithm whose final return is a normalised score of 1
     :param algorithms: names to be used besides the baseline and the random policy; None: all
     :param live: whether to use unfinished runs as well
+    :param steps: environment steps to compare at, where budgets are larger; None: the budgets
     :return: the results
     :raises ValueError: if there is nothing in it
     """
@@ -211,7 +214,7 @@ def load(path: Path, baseline: str = "sac", algorithms: Sequence[str] | None = N
     runs = _group(rows, results)
     wanted = None if algorithms is None else {baseline, *algorithms}
     runs = {key: run for key, run in runs.items() if wanted is None or key.algorithm in wanted}
-    _find_budgets(runs, results)
+    _find_budgets(runs, results, steps)
     for key, run in _choose(runs, results).items():
         curve = _curve(key, run, results.budgets[key.env])
         results.curves.setdefault(key.algorithm, {}).setdefault(key.env, []).append(curve)
@@ -248,18 +251,20 @@ def _group(rows: list[Row], results: Results) -> dict[RunKey, list[Row]]:
     return {key: sorted(run, key=lambda row: int(row["steps"])) for key, run in runs.items()}
 
 
-def _find_budgets(runs: dict[RunKey, list[Row]], results: Results) -> None:
+def _find_budgets(runs: dict[RunKey, list[Row]], results: Results, steps: int | None = None) -> None:
     """
     Choose the number of steps to compare at: for each task the one that most of the baseline's runs have.
 
     :param runs: all runs
     :param results: gets the budgets
+    :param steps: no more than these, if given
     """
     for task in {key.env for key in runs}:
         of_task = [key for key in runs if key.env == task]
         counts = Counter(key.budget for key in of_task if key.algorithm == results.baseline)
         counts = counts or Counter(key.budget for key in of_task)
-        results.budgets[task] = max(counts, key=lambda budget: (counts[budget], budget))
+        usual = max(counts, key=lambda budget: (counts[budget], budget))
+        results.budgets[task] = usual if steps is None else min(usual, steps)
 
 
 def _choose(runs: dict[RunKey, list[Row]], results: Results) -> dict[RunKey, list[Row]]:
