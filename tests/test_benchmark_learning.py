@@ -261,6 +261,7 @@ def test_every_algorithm_is_defined() -> None:
     assert [name for name, spec in specs.items() if spec.own] == [name for name in NAMES if name.startswith("agpo")]
     assert specs["agpo-q-nomatch"].kwargs["gradient_mode"] == "q"
     assert specs["agpo-q-nomatch"].kwargs["critic_grad_coef"] == 0
+    assert specs["agpo-q-windows"].kwargs == specs["agpo-q-nomatch"].kwargs | {"policy_delay": 0}
     assert specs["agpo-analytic"].kwargs["critic_grad_coef"] > 0
 
 

@@ -42,7 +42,9 @@ NO_MATCHING = "-nomatch"  # as AGPO's defaults are
 MATCHING = 1.0  # weight of gradient matching otherwise
 RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
-NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, BATCH_NORM)
+WINDOWS = "-windows"  # the same without replayed policy updates: fresh windows are all that the policy learns from
+WINDOWS_NAMES = tuple(f"agpo-{mode}{WINDOWS}" for mode in GRADIENT_MODES)
+NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, *WINDOWS_NAMES, BATCH_NORM)
 
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
@@ -251,16 +253,27 @@ def _stock_algorithm(name: str) -> AlgorithmSpec:
         policy_kwargs = {"activation_fn": FAST_ACTIVATION, "net_arch": [256, 256]}
         kwargs = {**common, **FAST_SETTINGS, **BATCH_NORM_UPDATES, "policy_kwargs": policy_kwargs}
         return AlgorithmSpec(name, CrossQ, FAST_N_ENVS, kwargs)
-    if name in (*AGPO_NAMES, BATCH_NORM):
+    if name in (*AGPO_NAMES, *WINDOWS_NAMES, BATCH_NORM):
         # Only here, so that the baselines run without it.
         from sb3_agpo import AGPO
 
-        if name == BATCH_NORM:
-            return AlgorithmSpec(name, AGPO, FAST_N_ENVS, {**common, **BATCH_NORM_SETTINGS})
-        kwargs = {**common, "gradient_mode": name.removeprefix("agpo-").removesuffix(NO_MATCHING)}
-        kwargs["critic_grad_coef"] = 0.0 if name.endswith(NO_MATCHING) else MATCHING
-        return AlgorithmSpec(name, AGPO, FAST_N_ENVS, kwargs)
+        return AlgorithmSpec(name, AGPO, FAST_N_ENVS, {**common, **_agpo_settings(name)})
     raise ValueError(f"unknown algorithm '{name}'; choose from {', '.join(NAMES)}")
+
+
+def _agpo_settings(name: str) -> dict[str, Any]:
+    """
+    What a variant of AGPO is made of.
+
+    :param name: one of ``AGPO_NAMES``, ``WINDOWS_NAMES`` or ``BATCH_NORM``
+    :return: constructor arguments
+    """
+    if name == BATCH_NORM:
+        return BATCH_NORM_SETTINGS
+    mode = name.removeprefix("agpo-").removesuffix(NO_MATCHING).removesuffix(WINDOWS)
+    if name.endswith(WINDOWS):
+        return {"gradient_mode": mode, "critic_grad_coef": 0.0, "policy_delay": 0}
+    return {"gradient_mode": mode, "critic_grad_coef": 0.0 if name.endswith(NO_MATCHING) else MATCHING}
 
 
 def torch_module(name: str) -> type[nn.Module]:

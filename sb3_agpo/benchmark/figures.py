@@ -46,6 +46,9 @@ STYLES = {
     "agpo-adaptive-nomatch": Style("AGPO", "#D55E00", marker="o"),
     "agpo-analytic-nomatch": Style("AGPO, analytic", "#000000", "--", "X"),
     "agpo-q-nomatch": Style("AGPO, critic only", "#7F7F7F", "--", "<"),
+    "agpo-adaptive-windows": Style("AGPO, windows alone", "#D55E00", "-.", "o"),
+    "agpo-analytic-windows": Style("AGPO, analytic, windows alone", "#000000", "-.", "X"),
+    "agpo-q-windows": Style("AGPO, critic only, windows alone", "#7F7F7F", "-.", "<"),
 }
 # For names that the table does not know, in order; they go on with dashes when the colours are used up.
 SPARE_COLORS = ("#000000", "#7F7F7F", "#8C510A", "#1B7837")

@@ -16,7 +16,8 @@ from sb3_agpo.benchmark.statistics import first_reached, mean
 Array = NDArray[np.float64]
 
 RANDOM = "random"
-ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in ("", "-nomatch"))
+VARIANTS = ("", "-nomatch", "-windows")
+ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
 ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-batch-norm")
 
