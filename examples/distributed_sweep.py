@@ -13,7 +13,7 @@ options = parser.parse_args()
 where = ["--engine", "ray", *(["--address", options.address] if options.address else [])]
 common = ["learning", "--envs", "InvertedPendulum-v5", "--seeds", options.seeds, "--steps", str(options.steps),
           "--eval-every", str(max(1, options.steps // 5)), "--processes", "2", "--output", "sweep.csv", *where]  # fmt: skip
-main([*common, "--algorithms", "random", "sac", "agpo-adaptive"])
+main([*common, "--algorithms", "random", "sac", "agpo-adaptive-nomatch"])
 for horizon in (2, 8):
-    main([*common, "--algorithms", "agpo-adaptive", "--set", f"horizon={horizon}", "--label", f"agpo-h{horizon}"])
+    main([*common, "--algorithms", "agpo-adaptive-nomatch", "--set", f"horizon={horizon}", "--label", f"agpo-h{horizon}"])
 main(["report", "--input", "sweep.csv", "--output", "sweep"])

@@ -159,6 +159,7 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
     assert "| HalfCheetah-v5, 10k steps | 200 [100, 300] (2) | **650 [200, 1100] (2)** | -100 |" in text
     assert "| IQM of scores | 1.00 [0.78, 1.22] | 2.50 [1.50, 3.50] | 0 |" in text
     assert "| tasks, runs in the IQM | 2/2, 4 | 2/2, 4 | – |" in text
+    assert "In the CSV file, SAC is `sac`, AGPO, matching is `agpo-adaptive`." in text
     assert "| Hopper-v5 | 15,000 (1.00x) | 10,000 (0.67x) |" in text
     assert "| Hopper-v5 | 45 (1.00x) | 10 (0.22x) |" in text
     assert "| tasks on which it was reached | 2/2 | 2/2 |" in text
@@ -202,7 +203,7 @@ def test_ablation(two_tasks: Path, tmp_path: Path) -> None:
         ),
         (
             [run("sac", HOPPER, 0, [1, 2]), run("sac", HOPPER, 1, [1, 2], torch="0.1")],
-            "Runs were made with different torch (0.1, ",
+            "Runs differ in `torch` (0.1, ",
         ),
         (
             [

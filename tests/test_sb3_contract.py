@@ -1,5 +1,6 @@
 """AGPO takes what SB3's own off-policy algorithms take: spaces, policies, schedules, buffers, wrappers."""
 
+import inspect
 import io
 import re
 import warnings
@@ -13,7 +14,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from small_models import RandomEnv, flat_state, parameters_equal, small_model
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
@@ -43,6 +44,14 @@ def _no_warnings() -> Iterator[None]:
         # Not ours: importing tensorboard, and Monitor's open files when the interpreter collects them
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|tensorboard|google")
         yield
+
+
+def test_constructor_takes_what_sacs_takes() -> None:
+    """All of SAC's arguments, the first of them at SAC's positions."""
+    ours, sacs = (list(inspect.signature(algorithm).parameters) for algorithm in (AGPO, SAC))
+    shared = sacs.index("target_entropy") + 1
+    assert ours[:shared] == sacs[:shared]
+    assert set(sacs) <= set(ours)
 
 
 class TanhExtractor(BaseFeaturesExtractor):

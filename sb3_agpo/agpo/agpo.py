@@ -90,10 +90,12 @@ class AGPO(OffPolicyAlgorithm):
     """
     Adaptive Gradient Policy Optimisation (AGPO).
 
-    SAC, with two additions. Where the environment offers derivatives of its step, the policy gradient on fresh windows
-    of experience flows through the simulator, except where a gate takes it from the Q function because the transition is
-    rough; and the critics are trained to satisfy the differentiated Bellman equation on recent transitions (gradient
-    matching). Where there are no derivatives, AGPO is SAC with AGPO's networks and settings.
+    SAC, whose policy gradient on fresh windows of experience flows through the simulator where the environment offers
+    derivatives of its step, except where a gate takes it from the Q function because the transition is rough. On request
+    (``critic_grad_coef``) the critics are also trained to satisfy the differentiated Bellman equation on stored transitions
+    (gradient matching). Where there are no derivatives, AGPO is SAC with AGPO's networks and settings.
+
+    Arguments up to ``target_entropy`` are SAC's, in SAC's order.
 
     Implements the idea of the abstract of Gao et al., "Adaptive-Gradient Policy Optimization: Enhancing Policy Learning
     in Non-Smooth Differentiable Simulations", ICML 2024; the gate rule is this package's own. Equation numbers refer to
@@ -118,12 +120,12 @@ class AGPO(OffPolicyAlgorithm):
     :param n_steps: steps of the critics' return; None for ``N_STEPS`` where SB3 has a replay buffer for them and 1 where it
         has not (dictionary observations, ``optimize_memory_usage``, a replay buffer class of your own). The
         gradient-matching target always spans one step
-    :param trace_distance: the critics' return ends before an action further than this from what the policy of now does, in
-        its standard deviations (see :func:`~sb3_agpo.agpo.n_step.sample_n_step`); infinity for SB3's return, which never
-        ends early. It has a meaning for SB3's ``NStepReplayBuffer`` only
     :param ent_coef: entropy temperature, "auto" to learn it, "auto_0.1" to start from 0.1
     :param target_update_interval: critic updates between updates of the target critics
     :param target_entropy: entropy that a learned temperature aims at; "auto" for minus the number of action dimensions
+    :param trace_distance: the critics' return ends before an action further than this from what the policy of now does, in
+        its standard deviations (see :func:`~sb3_agpo.agpo.n_step.sample_n_step`); infinity for SB3's return, which never
+        ends early. It has a meaning for SB3's ``NStepReplayBuffer`` only
     :param gradient_mode: "adaptive" (gated), "analytic" (gate always 1) or "q" (gate always 0) on fresh windows
     :param horizon: steps of a window. Longer windows rely less on the critic, and more on the simulator being smooth;
         usual range 1 to 16
@@ -134,8 +136,8 @@ class AGPO(OffPolicyAlgorithm):
     :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
         windows, which stands for many of them, takes a longer step. None for ``learning_rate``
-    :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It about doubles the cost of an
-        update, and pays on smooth tasks; 1 is a good first value
+    :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It makes an update of the
+        critics half as long again or more, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
         ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
@@ -191,10 +193,10 @@ class AGPO(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int | None = None,
-        trace_distance: float = 3.0,
         ent_coef: str | float = "auto_0.1",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
+        trace_distance: float = 3.0,
         gradient_mode: str = "adaptive",
         horizon: int = 4,
         rollout_size: int = 64,

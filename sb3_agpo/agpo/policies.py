@@ -308,7 +308,7 @@ class AGPOPolicy(SACPolicy):
 
     :param activation_fn: activation of actor and critics, ``nn.SiLU`` by default
     :param normalization: of the critics. "layer": layer normalisation, and target networks as in SAC; "batch": batch
-        normalisation, and no target networks (CrossQ, Bhatt et al. 2024); "none": SAC's critics
+        normalisation, and no target networks (CrossQ, Bhatt et al. 2024); "none": no normalisation, as in SAC
     :raises ValueError: if ``normalization`` is none of these
     """
 

@@ -99,6 +99,18 @@ def labels(results: Results, algorithms: Sequence[str]) -> list[str]:
     return [figures.style_of(algorithm, results.algorithms).label for algorithm in algorithms]
 
 
+def names_in_file(results: Results, algorithms: Sequence[str]) -> str:
+    """
+    Say what the shown algorithms are called in the CSV file.
+
+    :param results: the runs
+    :param algorithms: names in the CSV file
+    :return: Markdown
+    """
+    pairs = zip(labels(results, algorithms), algorithms, strict=True)
+    return f"In the CSV file, {', '.join(f'{label} is `{name}`' for label, name in pairs)}.\n\n"
+
+
 def final_table(results: Results, algorithms: Sequence[str]) -> str:
     """
     Returns at the end of the budget, task by task, and the interquartile mean of normalised scores.
@@ -243,6 +255,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
         f"within tasks. A normalised score is 0 at the random policy's return and 1 at {baseline}'s mean final return; IQM is "
         "the interquartile mean over runs and tasks. Times are those of learning alone, evaluations left out.\n\n",
+        names_in_file(results, algorithms),
         "## Final return\n\nAfter the steps named: mean, interval and, in parentheses, number of seeds.\n\n",
         final_table(results, algorithms),
         *pictures[2:],
@@ -256,7 +269,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
     ablation = [name for name in results.algorithms if name in ABLATIONS]
     if len(ablation) > 1:
         parts += ["## Ablation\n\nGradients of the policy, with and without matching of the critic's derivatives.\n\n"]
-        parts += [final_table(results, ablation)]
+        parts += [names_in_file(results, ablation), final_table(results, ablation)]
     if results.notes:
         parts += ["## What is missing or to be known\n\n", *(f"- {note}\n" for note in results.notes), "\n"]
     parts += ["## How it was made\n\n", circumstances(results, command)]

@@ -349,4 +349,4 @@ def _note_mixtures(results: Results) -> None:
         found = {row[column] for row in results.rows if not own_only or row["algorithm"].startswith("agpo")}
         if len(found) > 1:
             consequence = " times are not comparable" if column in ("machine", "threads") else " returns may differ for it"
-            results.notes.append(f"Runs were made with different {column} ({', '.join(sorted(found))}):{consequence}.")
+            results.notes.append(f"Runs differ in `{column}` ({', '.join(sorted(found))}):{consequence}.")
