@@ -189,6 +189,34 @@ def test_steps_behind_the_scenes_are_noticed() -> None:
     assert model._valid_history == [True] * 48 + [False] * 16 + [True] * 32
 
 
+def test_experience_before_training(tmp_path: Path) -> None:
+    """Collected with ``gradient_steps=0``, also by another model: transitions without derivatives stand beside later ones."""
+    model = small_model("InvertedPendulum-v5", gradient_steps=0).learn(100)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = small_model("InvertedPendulum-v5")
+    other.load_replay_buffer(tmp_path / "buffer")
+    model.gradient_steps = 1
+    for trained in (model, other):
+        trained.learn(100, reset_num_timesteps=False)
+        assert trained.derivative_buffer.size > 0 and trained._n_updates > 0
+
+
+@pytest.mark.parametrize("critic_grad_coef", [0.0, 1.0])
+def test_one_step_behind_the_scenes_of_a_long_rollout(critic_grad_coef: float) -> None:
+    """Batches with and without derivatives make windows together."""
+
+    class StepOnce(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 100:
+                self.training_env.step(np.zeros((1, 1), dtype=np.float32))
+            return True
+
+    options = {"train_freq": 200, "learning_starts": 0, "critic_grad_coef": critic_grad_coef}
+    model = small_model("InvertedPendulum-v5", **options).learn(400, callback=StepOnce())
+    assert model._n_updates > 0
+    assert not all(model._valid_history)
+
+
 def test_training_environment_for_evaluation_is_refused_in_the_end() -> None:
     """SB3 lets an evaluation reset and step the training environment; when it goes on like that AGPO says so."""
 

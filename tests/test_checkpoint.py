@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from small_models import RandomEnv, parameters_equal, small_model
+from small_models import SMALL, RandomEnv, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.callbacks import EveryNTimesteps
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise
@@ -413,9 +413,48 @@ def test_callback_arguments(tmp_path: Path) -> None:
         SAC("MlpPolicy", "Pendulum-v1", buffer_size=10).learn(1, callback=ResumableCheckpointCallback(tmp_path, 10))
 
 
+def test_callback_of_an_event(tmp_path: Path) -> None:
+    """Events call what they trigger in the middle of a rollout: no checkpoint would ever be saved."""
+    every_ten = EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path, 5))
+    with pytest.raises(TypeError, match="EveryNTimesteps tells its callback nothing"):
+        small_model("InvertedPendulum-v5").learn(50, callback=every_ten)
+
+
+class Annotated(AGPO):
+    """A subclass with an argument of its own, which hands the others on."""
+
+    def __init__(self, *args: Any, note: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.note = note
+
+
+class LongSighted(AGPO):
+    """A subclass that sets an argument itself."""
+
+    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
+        super().__init__(policy, env, horizon=8, **kwargs)
+
+
+@pytest.mark.parametrize(("subclass", "options"), [(Annotated, {"note": "x", "horizon": 8}), (LongSighted, {})])
+def test_subclass_that_hands_arguments_on(subclass: type[AGPO], options: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**SMALL, "learning_rate": 1e-3, "gamma": 0.9, "train_freq": (2, "step"), "policy_kwargs": {"net_arch": [8]}}
+    model = subclass("MlpPolicy", "InvertedPendulum-v5", **settings, **options).learn(40)
+    model.save_checkpoint(tmp_path)
+    model.learn(40, reset_num_timesteps=False)
+    resumed = subclass.resume(tmp_path, "InvertedPendulum-v5").learn(40, reset_num_timesteps=False)
+    assert_equal_runs(model, resumed)
+    assert resumed.rollout_buffer.horizon == 8 and resumed.lr_schedule(1.0) == 1e-3
+    assert getattr(resumed, "note", None) == options.get("note")
+    changed = subclass.resume(tmp_path, "InvertedPendulum-v5", gamma=0.8)
+    assert changed.gamma == changed.replay_buffer.gamma == 0.8  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="`gamma`"):
+        subclass.resume(tmp_path, "InvertedPendulum-v5", gamma=2.0)
+    with pytest.raises(TypeError, match="gama"):
+        subclass.resume(tmp_path, "InvertedPendulum-v5", gama=0.5)
+
+
 def test_callback_among_others(tmp_path: Path) -> None:
     """Inside other callbacks it works as well, and a stopped run can be resumed."""
-    every_ten = EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path / "x", 5))
-    callbacks = [ResumableCheckpointCallback(tmp_path, 20), every_ten]
-    model = small_model("InvertedPendulum-v5").learn(50, callback=[*callbacks])
+    callbacks: list[BaseCallback] = [CallbackList([ResumableCheckpointCallback(tmp_path, 20)])]
+    model = small_model("InvertedPendulum-v5").learn(50, callback=callbacks)
     assert AGPO.resume(tmp_path, "InvertedPendulum-v5").num_timesteps == model.num_timesteps

@@ -769,6 +769,14 @@ class OwnVecWrapper(VecEnvWrapper):
         return self.venv.step_wait()
 
 
+def test_two_normalizations_are_one_too_many() -> None:
+    """SB3 knows the outer one alone, so that the scale of the inner one would be missing in every derivative."""
+    env = VecNormalize(VecNormalize(DummyVecEnv([lambda: gym.make("InvertedPendulum-v5")]), norm_reward=False), norm_obs=False)
+    dynamics, report = attach_dynamics(env, FiniteDifferences())
+    assert dynamics is None
+    assert report.kind == "none" and "two VecNormalize" in report.reason
+
+
 class ShapedNormalize(VecNormalize):
     """A known wrapper, changed."""
 

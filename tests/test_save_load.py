@@ -180,6 +180,18 @@ def test_exclude_and_include(tmp_path: Path) -> None:
     assert loaded._valid_history == model._valid_history
 
 
+def test_replay_buffer_in_the_file_of_the_model(tmp_path: Path) -> None:
+    """Observations before normalisation are kept in double precision, and stay what they are."""
+    env = VecNormalize(make_vec_env("InvertedPendulum-v5"))
+    model = small_model(env).learn(60)
+    model.save(tmp_path / "model", include=["replay_buffer"])
+    loaded = AGPO.load(tmp_path / "model")
+    loaded.set_env(env)
+    assert model.replay_buffer is not None and loaded.replay_buffer is not None
+    assert np.abs(model.replay_buffer.observations[:60]).max() > 0.0
+    assert np.array_equal(model.replay_buffer.observations, loaded.replay_buffer.observations)
+
+
 @pytest.mark.parametrize("kind", ["image", "dict", "her"])
 def test_save_and_load_other_observations(kind: str, tmp_path: Path) -> None:
     env, policy, kwargs = {

@@ -1,9 +1,13 @@
 """AGPO takes what SB3's own off-policy algorithms take: spaces, policies, schedules, buffers, wrappers."""
 
+import copy
+import gc
 import inspect
 import io
+import pickle
 import re
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +81,107 @@ class BatchNormDropoutExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.dropout(self.batch_norm(observations))
+
+
+class FrozenExtractor(BaseFeaturesExtractor):
+    """A pretrained network that is not to learn."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        super().__init__(observation_space, 4)
+        assert observation_space.shape is not None
+        self.net = nn.Linear(observation_space.shape[0], 4)
+        self.requires_grad_(False)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return th.tanh(self.net(observations))
+
+
+class StandardisingExtractor(BaseFeaturesExtractor):
+    """Statistics of observations, in buffers of its own."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        assert observation_space.shape is not None
+        super().__init__(observation_space, observation_space.shape[0])
+        self.register_buffer("mean", th.zeros(observation_space.shape[0]))
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        if self.training:
+            self.mean.lerp_(observations.detach().mean(0), 0.1)
+        return observations - self.mean
+
+
+# ---------------------------------------------------------------------- features extractors
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("share", [False, True])
+def test_frozen_weights_stay_frozen(env_id: str, share: bool) -> None:
+    policy_kwargs = {"features_extractor_class": FrozenExtractor, "share_features_extractor": share}
+    model = small_model(env_id, policy_kwargs=policy_kwargs, critic_grad_coef=0.0)
+    frozen = [parameter for parameter in model.policy.parameters() if not parameter.requires_grad]
+    before = [parameter.clone() for parameter in frozen]
+    model.learn(60)
+    assert model._n_updates > 0
+    for parameter, value in zip(frozen, before, strict=True):
+        assert not parameter.requires_grad
+        assert th.equal(parameter, value) or any(parameter is own for own in model.policy.average_actor.parameters())
+
+
+def test_buffers_of_an_extractor_reach_the_policy_that_acts() -> None:
+    model = small_model("Pendulum-v1", policy_kwargs={"features_extractor_class": StandardisingExtractor}).learn(60)
+    learned, acting = (actor.features_extractor.mean for actor in (model.actor, model.policy.average_actor))
+    assert learned.abs().max() > 0.0
+    assert th.equal(learned, acting)
+
+
+def test_learning_goes_on_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a policy update leaves the critics trainable."""
+    model = small_model("Pendulum-v1").learn(40)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sb3_agpo.agpo.agpo.replayed_policy_loss", interrupt)
+        model.learn(20, reset_num_timesteps=False)
+    before = [parameter.clone() for parameter in model.critic.parameters()]
+    model.learn(20, reset_num_timesteps=False)
+    assert not any(map(th.equal, model.critic.parameters(), before))
+
+
+# ---------------------------------------------------------------------- a model changed while it lives
+
+
+def test_copies_learn_by_their_own_learning_rate() -> None:
+    model = small_model("Pendulum-v1").learn(40)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    other.learning_rate = 1e-5
+    other._setup_lr_schedule()
+    other.learn(10, reset_num_timesteps=False)
+    for optimizer in (other.actor.optimizer, other.critic.optimizer, other.ent_coef_optimizer):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+    assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
+
+
+def test_discount_may_be_changed_on_the_way() -> None:
+    model = small_model("Pendulum-v1", n_steps=3).learn(60)
+    model.gamma = 0.5
+    discounts = model._sample_transitions(64).discounts
+    assert discounts is not None
+    assert set(discounts.flatten().tolist()) <= {0.5, 0.25, 0.125}
+
+
+def test_models_are_freed_at_once() -> None:
+    """No cycle of references keeps a model, its replay buffer and its threads until the garbage collector runs."""
+    model = small_model("InvertedPendulum-v5").learn(40)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------- spaces
@@ -316,6 +421,27 @@ def test_derivatives_that_nobody_uses_are_not_computed() -> None:
         model = small_model("InvertedPendulum-v5", rollout_epochs=0, critic_grad_coef=critic_grad_coef).learn(60)
         assert model.dynamics is not None and model._n_updates > 0
         assert (model.simulator_calls > model.num_timesteps) == (critic_grad_coef > 0.0)
+
+
+def test_derivatives_of_random_actions_are_not_computed() -> None:
+    """Before ``learning_starts`` nothing but gradient matching has a use for them."""
+    for critic_grad_coef in (0.0, 1.0):
+        model = small_model("Hopper-v5", learning_starts=100, critic_grad_coef=critic_grad_coef).learn(100)
+        assert (model.simulator_calls > model.num_timesteps) == (critic_grad_coef > 0.0)
+
+
+def test_steps_are_recorded_while_learning_alone() -> None:
+    model = small_model("Hopper-v5")
+    env = model.get_env()
+    assert env is not None and model.dynamics is not None
+    for learns in (False, True):
+        if learns:
+            model.learn(40)
+            model.dynamics.take(model.dynamics.n_recorded or 1)
+            model.dynamics.pause()
+        env.reset()
+        env.step(np.zeros((1, 3), dtype=np.float32))
+        assert model.dynamics.n_recorded == 0
 
 
 @pytest.mark.parametrize("horizon", [1, 3])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import torch
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.wrappers import ClipAction, TimeLimit
 from sb3_contrib import ARS, TQC, TRPO, CrossQ
+from small_models import small_model
 from stable_baselines3 import A2C, DDPG, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -637,6 +640,21 @@ class TestDerivatives:
         for left, right in zip(results[0][0], results[1][0], strict=True):
             assert_same_values(left, right)
 
+    def test_two_at_a_time(self) -> None:
+        """Two models may train in one environment by turns: each keeps its own records."""
+        env = make_mujoco_vec_env("Hopper-v5", 2, 0)
+        first, second = (env.attach_dynamics(FiniteDifferences(threads=1))[0] for _ in range(2))
+        assert first is not None and second is not None
+        env.reset()
+        rows = draw_actions(env, 3)
+        first.pause()
+        env.step(rows[0])
+        first.discard()
+        second.pause()
+        env.step(rows[1])
+        env.step(rows[2])
+        assert (first.n_recorded, second.n_recorded) == (2, 1)
+
     def test_recording_only_when_it_is_wanted(self) -> None:
         env = make_mujoco_vec_env("Hopper-v5", 2, 0)
         dynamics, _ = env.attach_dynamics(FiniteDifferences(threads=1))
@@ -654,8 +672,32 @@ class TestDerivatives:
         assert len(dynamics.take(1).reward) == 2
         del dynamics
         gc.collect()
-        assert env._recorder is not None and env._recorder() is None
+        assert not env._recorders
         env.step(rows[2])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_copies_step_like_copies_of_dummy_vec_env(threads: int) -> None:
+    """Gymnasium's tasks are copied as they were made, with the state of their generators lost; so are ours."""
+    dummy, threaded = make_pair("Hopper-v5", threads=threads)
+    for duplicate in (copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))):
+        ours, theirs = duplicate(threaded), copy.deepcopy(dummy)
+        for env in (ours, theirs):
+            env.seed(3)
+        assert np.array_equal(ours.reset(), theirs.reset())
+        for actions in draw_actions(dummy, 100):
+            assert_same_step(theirs.step(actions), ours.step(actions))
+        ours.close()
+
+
+def test_copies_of_a_model_have_derivatives_of_their_own() -> None:
+    model = small_model(make_mujoco_vec_env("Hopper-v5", 2, 0, threads=2)).learn(60)
+    other = copy.deepcopy(model)
+    calls = model.simulator_calls
+    other.learn(60, reset_num_timesteps=False)
+    assert other.simulator_calls > calls + 60
+    assert all(other._valid_history)
+    assert model.simulator_calls == calls
 
 
 def parameters(model: BaseAlgorithm) -> dict[str, torch.Tensor]:

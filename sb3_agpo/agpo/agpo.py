@@ -8,7 +8,8 @@ import math
 import pathlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -298,17 +299,19 @@ class AGPO(OffPolicyAlgorithm):
         assert self.n_envs == 1 or not episodic, f"You must use only one env when doing episodic training, got {self.n_envs}"
         self._choose_n_steps()
         given = dict(self.replay_buffer_kwargs)
+        is_loaded = self.replay_buffer is not None  # by `load`, from a file that `save(include=["replay_buffer"])` wrote
         super()._setup_model()
         self.replay_buffer_kwargs = given  # without what SB3 added for the buffer of its choice: another would not take it
-        self._store_single_precision()
+        if not is_loaded:
+            self._store_single_precision()
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
-        self.actor_batch_norm_stats = get_parameters_by_name(self.actor, ["running_"])
-        self.average_batch_norm_stats = get_parameters_by_name(self.policy.average_actor, ["running_"])
         self._setup_entropy()
-        self.critic_lr_schedule = self._own_or_shared_schedule(self.critic_learning_rate)
-        self.ent_coef_lr_schedule = self._own_or_shared_schedule(self.ent_coef_learning_rate)
+        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
+            None if learning_rate is None else FloatSchedule(learning_rate)
+            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
+        )
         self.rollout_buffer = self._empty_rollout_buffer()
         self.derivative_buffer = DerivativeReplayBuffer(self.buffer_size, int(self.derivative_memory * 1e9), self.device)
         self._attach_dynamics()
@@ -327,12 +330,6 @@ class AGPO(OffPolicyAlgorithm):
                 for key, values in stored.items():
                     if values.dtype == np.float64:
                         stored[key] = np.zeros(values.shape, dtype=np.float32)
-
-    def _own_or_shared_schedule(self, learning_rate: float | Schedule | None) -> FloatSchedule:
-        """The schedule of a learning rate; None stands for that of ``learning_rate``, whatever it is by then."""
-        return FloatSchedule(
-            (lambda progress_remaining: self.lr_schedule(progress_remaining)) if learning_rate is None else learning_rate
-        )
 
     def _choose_n_steps(self) -> None:
         """Resolve ``n_steps=None``, and let SB3 choose its replay buffer anew for a loaded model."""
@@ -357,6 +354,8 @@ class AGPO(OffPolicyAlgorithm):
         else:
             with explained_faults(self.env):
                 self.dynamics, self.provider_report = attach_dynamics(self.env, self.finite_differences)
+                if self.dynamics is not None:  # until `learn`, nobody needs derivatives of steps that others take
+                    self.dynamics.pause()
         if self.verbose >= 1:
             source = f"from {self.provider_report.kind}" if self.dynamics is not None else "none, the critic's gradient alone"
             print(f"Simulator derivatives: {source} ({self.provider_report.reason})")
@@ -502,14 +501,17 @@ class AGPO(OffPolicyAlgorithm):
         assert self.dynamics is not None
         start = time.perf_counter()
         n_pending = self.rollout_buffer.n_pending
-        if self.needs_derivatives and self.dynamics.n_recorded == n_pending:
+        # Windows of actions that were not the policy's, or that nobody is going to use, are thrown away
+        without_windows = self.num_timesteps <= self.learning_starts or self.gradient_steps == 0
+        is_needed = self.needs_derivatives and not (without_windows and self.critic_grad_coef == 0.0)
+        if is_needed and self.dynamics.n_recorded == n_pending:
             # Gradient matching is about all derivatives, windows about the action of their first step alone
             by_state = self.rollout_buffer.pending_inner() if self.critic_grad_coef == 0.0 else None
             derivatives = self.dynamics.take(n_pending, by_state)
         else:  # nobody wants them; or somebody else has stepped the environment, so that it is unknown which steps are ours
             self.dynamics.discard()
-            derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes())
-        if self.needs_derivatives:
+            derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes(), self.provider_report.tangent_size)
+        if is_needed:
             self._check_derivatives(derivatives.valid)
         # A derivative does not see that the episode ends, which is all that matters where it does: the critic knows better
         derivatives = derivatives._replace(valid=derivatives.valid & ~self.rollout_buffer.pending_terminated())
@@ -517,8 +519,7 @@ class AGPO(OffPolicyAlgorithm):
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
         self._record("derivative_seconds", time.perf_counter() - start)
-        # Actions that were not the policy's, or windows that nobody is going to use
-        if self.num_timesteps <= self.learning_starts or self.gradient_steps == 0:
+        if without_windows:
             self.rollout_buffer.reset()
 
     def _check_derivatives(self, valid: np.ndarray) -> None:
@@ -563,7 +564,11 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
-        update_learning_rate(self.critic.optimizer, self.critic_lr_schedule(self._current_progress_remaining))
+        update_learning_rate(self.critic.optimizer, self._current_learning_rate(self.critic_lr_schedule))
+
+    def _current_learning_rate(self, schedule: Schedule | None) -> float:
+        """The learning rate of a schedule; None stands for that of ``learning_rate``."""
+        return (self.lr_schedule if schedule is None else schedule)(self._current_progress_remaining)
 
     def _current_policy_delay(self) -> int:
         """Critic updates per replayed policy update, which remind the policy of states that fresh windows do not visit."""
@@ -587,6 +592,8 @@ class AGPO(OffPolicyAlgorithm):
     def _sample_transitions(self, n: int) -> ReplayBufferSamples:
         """Replayed transitions with the critics' returns, cut where they leave the policy."""
         buffer, env = self.replay_buffer, self._vec_normalize_env
+        if self._automatic_buffer and isinstance(buffer, NStepReplayBuffer):
+            buffer.gamma = self.gamma  # a callback may have changed it
         if type(buffer) is NStepReplayBuffer and buffer.n_steps > 1 and self.trace_distance < math.inf:
             data, trace_length = sample_n_step(buffer, n, self.actor, self.trace_distance, env)
             self._record("trace_length", trace_length)
@@ -610,20 +617,28 @@ class AGPO(OffPolicyAlgorithm):
         if self.use_sde:
             self.actor.reset_noise()
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-        self._set_critic_trainable(False)
-        loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
-        self._record("actor_loss", loss.item())
         # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
-        self._step("actor", self.actor.optimizer, loss, self.max_grad_norm if self._trains_on_windows() else math.inf)
-        self._set_critic_trainable(True)
+        max_norm = self.max_grad_norm if self._trains_on_windows() else math.inf
+        with self._critic_held_fixed():
+            loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
+            self._record("actor_loss", loss.item())
+            self._step("actor", self.actor.optimizer, loss, max_norm)
         self._update_average_policy()
         self._update_temperature(log_prob, 1.0)
 
-    def _set_critic_trainable(self, trainable: bool) -> None:
+    @contextmanager
+    def _critic_held_fixed(self) -> Iterator[None]:
+        """Take no gradients by the critics' weights, which the policy's loss would compute for nothing."""
         # Not all of the critic's parameters: a features extractor shared with the actor learns from the actor's loss
-        for group in self.critic.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(trainable)
+        parameters = [parameter for group in self.critic.optimizer.param_groups for parameter in group["params"]]
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]  # users may have frozen some
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def _update_temperature(self, log_prob: th.Tensor, n_transitions: float) -> None:
         """Move the temperature as far as SAC does in ``n_transitions`` updates, within reason."""
@@ -633,7 +648,7 @@ class AGPO(OffPolicyAlgorithm):
         assert isinstance(self.target_entropy, float)
         loss = -(self.log_ent_coef * (log_prob.detach() + self.target_entropy)).mean()
         self._record("ent_coef_loss", loss.item())
-        learning_rate = self.ent_coef_lr_schedule(self._current_progress_remaining)
+        learning_rate = self._current_learning_rate(self.ent_coef_lr_schedule)
         update_learning_rate(self.ent_coef_optimizer, learning_rate * min(n_transitions, LONGEST_TEMPERATURE_STEP))
         self._step("ent_coef", self.ent_coef_optimizer, loss)
 
@@ -696,7 +711,8 @@ class AGPO(OffPolicyAlgorithm):
         self._n_policy_updates += 1
         with th.no_grad():
             th._foreach_lerp_(self._average_parameters, self._actor_parameters, self._current_policy_tau())
-        polyak_update(self.actor_batch_norm_stats, self.average_batch_norm_stats, 1.0)
+            for average, current in zip(self.policy.average_actor.buffers(), self.actor.buffers(), strict=True):
+                average.copy_(current)
 
     def _current_policy_tau(self) -> float:
         if self.policy_tau is not None:

@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.__about__ import __version__
+from sb3_agpo.agpo.arguments import check_arguments
 from sb3_agpo.agpo.faults import explained_faults
 from sb3_agpo.checkpoint.directory import find_checkpoint, read_checkpoint, write_checkpoint
 from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
@@ -50,8 +51,6 @@ NOT_ATTRIBUTES = (
     "ent_coef_optimizer",
     "batch_norm_stats",
     "batch_norm_stats_target",
-    "actor_batch_norm_stats",
-    "average_batch_norm_stats",
     "lr_schedule",
     "critic_lr_schedule",
     "ent_coef_lr_schedule",
@@ -128,9 +127,35 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
         raise ValueError(
             f"the checkpoint {checkpoint} could not hold {missing}; give them again: resume(directory, env, {names})"
         )
-    model = cls(arguments.pop("policy"), env, **arguments)
+    model = make_model(cls, env, arguments)
     check_same_task(model, state["task"])
     restore_model(model, state)
+    return model
+
+
+def make_model(cls: type[AGPOType], env: GymEnv | str, arguments: State) -> AGPOType:
+    """
+    Make a model. What the constructor of a subclass would only hand on is given as SB3's ``load`` gives it, since the
+    constructor may set some of it itself.
+
+    :param cls: class of the model
+    :param env: environment
+    :param arguments: constructor arguments, the policy among them
+    :return: the model
+    :raises TypeError: if there is no such argument
+    """
+    policy, arguments = arguments["policy"], {name: value for name, value in arguments.items() if name != "policy"}
+    own, all_names = inspect.signature(cls.__init__).parameters, constructor_arguments(cls)
+    handed_on = {name: value for name, value in arguments.items() if name in all_names and name not in (*own, *GIVEN_ANEW)}
+    if not handed_on:
+        return cls(policy, env, **arguments)
+    check_arguments(handed_on)
+    rest = {name: value for name, value in arguments.items() if name not in handed_on}
+    model = cls(policy, env, _init_setup_model=False, **rest)
+    for name, value in handed_on.items():
+        setattr(model, name if hasattr(model, name) else f"_{name}", value)
+    model._automatic_buffer = model.replay_buffer_class is None
+    model._setup_model()
     return model
 
 
@@ -176,7 +201,7 @@ def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
     :return: those that plain data can hold, and the names of the others
     """
     arguments: State = {"policy": model.policy_class}
-    for name in inspect.signature(type(model).__init__).parameters:
+    for name in constructor_arguments(type(model)):
         stored = name if hasattr(model, name) else f"_{name}"
         if name not in GIVEN_ANEW and hasattr(model, stored):
             value = getattr(model, stored)
@@ -190,6 +215,25 @@ def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
     return {name: value for name, value in arguments.items() if name not in to_be_given}, to_be_given
 
 
+def constructor_arguments(cls: type[AGPO]) -> list[str]:
+    """
+    Names of the arguments that a class can be made with.
+
+    :param cls: AGPO, or a subclass
+    :return: those of its constructor and, as long as one hands ``**kwargs`` on, of the constructors that it inherits
+    """
+    names: dict[str, None] = {}
+    for ancestor in cls.__mro__:  # up to AGPO, which hands nothing on
+        if "__init__" not in vars(ancestor):
+            continue
+        parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names.update(dict.fromkeys(parameter.name for parameter in parameters if parameter.kind not in variable))
+        if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return list(names)
+
+
 def capture_attributes(model: AGPO) -> tuple[State, list[str]]:
     """
     Counters, statistics and whatever else a model keeps in plain attributes.
@@ -197,7 +241,7 @@ def capture_attributes(model: AGPO) -> tuple[State, list[str]]:
     :param model: the model
     :return: the attributes, and the names of those that plain data cannot hold
     """
-    arguments = inspect.signature(type(model).__init__).parameters
+    arguments = constructor_arguments(type(model))
     own = {
         name: value
         for name, value in vars(model).items()

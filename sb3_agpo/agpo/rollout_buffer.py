@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_agpo.dynamics.interface import TransitionDerivatives, concatenate
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives
 
 FloatArray = NDArray[np.float32]
 
@@ -60,6 +60,18 @@ class Transition(NamedTuple):
     rewards: FloatArray  # (n_envs,)
     terminated: NDArray[np.bool_]  # (n_envs,)
     done: NDArray[np.bool_]  # (n_envs,) terminated or truncated: the next stored step is of another episode
+
+
+class StepDerivatives(NamedTuple):
+    """What windows need of :class:`~sb3_agpo.dynamics.interface.TransitionDerivatives`; the rest would only take memory."""
+
+    A: Array  # (n, ndx, ndx)
+    B: Array  # (n, ndx, nu)
+    O_x: Array  # (n, nobs, ndx)
+    O_a: Array  # (n, nobs, nu)
+    r_x: Array  # (n, ndx)
+    r_a: Array  # (n, nu)
+    valid: NDArray[np.bool_]  # (n,)
 
 
 def observation_scale(observations: FloatArray, normalization: VecNormalize | None) -> FloatArray | float:
@@ -137,7 +149,7 @@ class DifferentiableRolloutBuffer:
     def reset(self) -> None:
         """Forget everything."""
         self._transitions: list[Transition] = []
-        self._derivatives: list[TransitionDerivatives] = []
+        self._derivatives: list[StepDerivatives] = []
         self._n_differentiated = 0
 
     @property
@@ -188,7 +200,7 @@ class DifferentiableRolloutBuffer:
         if len(derivatives.reward) != expected:
             raise ValueError(f"expected the derivatives of {expected} transitions, got {len(derivatives.reward)}")
         pending = self._transitions[self._n_differentiated :]
-        self._derivatives.append(derivatives)
+        self._derivatives.append(StepDerivatives(*(getattr(derivatives, name) for name in StepDerivatives._fields)))
         self._n_differentiated = len(self._transitions)
         return pending
 
@@ -210,9 +222,8 @@ class DifferentiableRolloutBuffer:
             raise ValueError("there are no steps with derivatives to cut into windows; wait until the buffer is `full`")
         ready = self._transitions[: self._n_differentiated]
         steps = Transition(*(np.stack(fields) for fields in zip(*ready, strict=True)))  # (T, n_envs, ...)
-        parts = self._derivatives
-        joined = concatenate(parts) if len(parts) > 1 else parts[0]  # not copied here, as it is below
-        derivatives = TransitionDerivatives._make(field.reshape(len(ready), self.n_envs, *field.shape[1:]) for field in joined)
+        joined = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*self._derivatives, strict=True)]
+        derivatives = StepDerivatives(*(field.reshape(len(ready), self.n_envs, *field.shape[1:]) for field in joined))
         obs, next_obs, scale_next = self._normalized(steps, normalization)
         scale_r = reward_scale(steps.rewards, normalization)
         boundary = steps.done.copy()
@@ -310,10 +321,12 @@ class DerivativeReplayBuffer:
             "terminated": stacked.terminated,
             **{name: getattr(derivatives, name) for name in ("C", "O_x", "O_a", "r_x", "r_a")},
         }
-        if not self._fields:
-            self._allocate(new)
         chosen = np.flatnonzero(derivatives.valid & storable(new))[-self.capacity :]
         count = len(chosen)
+        if count == 0:
+            return
+        if any(name not in self._fields or self._fields[name].shape[1:] != new[name].shape[1:] for name in new):
+            self._allocate(new)  # for the first time, or for another simulator than before
         index = (self.position + np.arange(count)) % self.capacity
         for name, values in new.items():
             self._fields[name][index] = values[chosen]
@@ -323,6 +336,7 @@ class DerivativeReplayBuffer:
     def _allocate(self, example: dict[str, NDArray[Any]]) -> None:
         """Reserve memory for the sizes of ``example``."""
         per_transition = sum(4 * int(np.prod(values.shape[1:])) for values in example.values())
+        self.position, self.size = 0, 0
         self.capacity = max(1, min(self.capacity, self.memory_bytes // per_transition))
         self._fields = {n: np.zeros((self.capacity, *v.shape[1:]), dtype=np.float32) for n, v in example.items()}
 

@@ -28,7 +28,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from stable_baselines3.her.goal_selection_strategy import GoalSelectionStrategy
 
 from sb3_agpo.agpo import gates
-from sb3_agpo.agpo.rollout_buffer import Transition
+from sb3_agpo.agpo.rollout_buffer import StepDerivatives, Transition
 from sb3_agpo.dynamics.interface import TransitionDerivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import Record, StepRecords
@@ -36,7 +36,7 @@ from sb3_agpo.dynamics.recorder import Record, StepRecords
 #: marks a JSON object that stands for something else
 TAG = "!"
 #: tuples with names
-RECORDS: tuple[type, ...] = (Record, StepRecords, Transition, TransitionDerivatives, TrainFreq)
+RECORDS: tuple[type, ...] = (Record, StepDerivatives, StepRecords, Transition, TransitionDerivatives, TrainFreq)
 #: objects that are nothing but their attributes
 OBJECTS: tuple[type, ...] = (
     ConstantSchedule,

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
-from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, concatenate
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, absent_derivatives, concatenate
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, Perturbations, check_batch, discard_invalid, reward_change
 from sb3_agpo.dynamics.private_copy import PrivateCopy, Situation, kept_global_generators
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS, silent_mujoco
@@ -104,12 +104,9 @@ class EnvStepDynamics:
 
     def _no_derivatives(self) -> TransitionDerivatives:
         """A batch of one invalid transition."""
-        nobs, ndx, nu = self._n_obs, self.perturbations.ndx, self.perturbations.nu
-        shapes = [(ndx, ndx), (ndx, nu), (nobs, ndx), (nobs, ndx), (nobs, ndx), (nobs, nu), (ndx,), (nu,)]
-        zeros = [np.zeros((1, *shape)) for shape in shapes]
-        values = [np.full((1, *shape), np.nan) for shape in ((self.state_size,), (nobs,), ())]
-        no = np.zeros(1, dtype=np.bool_)
-        return TransitionDerivatives._make((*zeros, *values, no, no.copy()))
+        unknown = [np.full((1, *shape), np.nan) for shape in ((self.state_size,), (self._n_obs,), ())]
+        absent = absent_derivatives(1, self._n_obs, self.perturbations.nu, self.perturbations.ndx)
+        return absent._replace(next_state=unknown[0], next_obs=unknown[1], reward=unknown[2])
 
     def _differentiate_one(self, state: Array, action: NDArray[np.floating]) -> TransitionDerivatives:
         """Derivatives of one step, a batch of one."""

@@ -66,23 +66,24 @@ def concatenate(parts: Sequence[TransitionDerivatives]) -> TransitionDerivatives
     return TransitionDerivatives._make(np.concatenate(fields) for fields in zip(*parts, strict=True))
 
 
-def absent_derivatives(n: int, nobs: int, nu: int) -> TransitionDerivatives:
+def absent_derivatives(n: int, nobs: int, nu: int, ndx: int) -> TransitionDerivatives:
     """
     A batch of transitions whose derivatives are not known: ``valid`` is False everywhere, so that the critic takes over.
 
     :param n: number of transitions
     :param nobs: length of an observation
     :param nu: length of an action
-    :return: zeros, with a tangent space of one dimension
+    :param ndx: length of a tangent vector of the state
+    :return: zeros
     """
     return TransitionDerivatives(
-        A=np.zeros((n, 1, 1)),
-        B=np.zeros((n, 1, nu)),
-        C=np.zeros((n, nobs, 1)),
-        next_C=np.zeros((n, nobs, 1)),
-        O_x=np.zeros((n, nobs, 1)),
+        A=np.zeros((n, ndx, ndx)),
+        B=np.zeros((n, ndx, nu)),
+        C=np.zeros((n, nobs, ndx)),
+        next_C=np.zeros((n, nobs, ndx)),
+        O_x=np.zeros((n, nobs, ndx)),
         O_a=np.zeros((n, nobs, nu)),
-        r_x=np.zeros((n, 1)),
+        r_x=np.zeros((n, ndx)),
         r_a=np.zeros((n, nu)),
         next_state=np.zeros((n, 1)),
         next_obs=np.zeros((n, nobs)),

@@ -204,10 +204,14 @@ def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDyn
     :return: the derivatives, None where there are none, and what to tell about it
     """
     inner = env
+    n_normalizations = 0
     while isinstance(inner, VecEnvWrapper):
         if not any(inherits_unchanged(type(inner), base, VEC_WRAPPER_METHODS) for base in TRANSPARENT_VEC_WRAPPERS):
             return None, ProviderReport("none", f"the wrapper {type(inner).__name__} cannot be differentiated through")
+        n_normalizations += isinstance(inner, VecNormalize)
         inner = inner.venv
+    if n_normalizations > 1:  # SB3 keeps the outermost for the replay buffer, and nobody else knows the scale of the others
+        return None, ProviderReport("none", "of two VecNormalize, the inner one's scale is not known; use a single one")
     if isinstance(inner, DifferentiableVecEnv):
         return inner.attach_dynamics(differences)
     if isinstance(inner, DummyVecEnv):

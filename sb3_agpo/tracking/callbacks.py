@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 
 from sb3_agpo.agpo.agpo import AGPO
 
@@ -36,6 +36,11 @@ class ResumableCheckpointCallback(BaseCallback):
     def _init_callback(self) -> None:
         if not isinstance(self.model, AGPO):
             raise TypeError(f"checkpoints that can be resumed are AGPO's, got {self.model!r}; use SB3's CheckpointCallback")
+        if isinstance(self.parent, EventCallback):
+            raise TypeError(
+                f"checkpoints that can be resumed are saved between rollouts, of which {type(self.parent).__name__} tells its "
+                "callback nothing; pass ResumableCheckpointCallback to `learn`, in a list with others, and set its `save_freq`"
+            )
         self._saved_at = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:

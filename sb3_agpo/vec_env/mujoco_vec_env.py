@@ -40,7 +40,7 @@ class _PendingStep(NamedTuple):
     """What :meth:`MujocoVecEnv.step_wait` needs to know of :meth:`MujocoVecEnv.step_async`."""
 
     actions: NDArray[Any]  # (n_envs, nu)
-    recorder: BatchRecorder | None
+    recorders: list[BatchRecorder]
     states: Array | None  # (n_envs, nx) before the step, if it is recorded
 
 
@@ -107,7 +107,7 @@ class MujocoVecEnv(VecEnv):
             self.threads = 1  # windows belong to the thread that opened them
         self._simulation = BatchSimulation(unwrapped, task, self.threads, own_step=full_info)  # type: ignore[arg-type]
         self._pending: _PendingStep | None = None
-        self._recorder: weakref.ref[BatchRecorder] | None = None
+        self._recorders: weakref.WeakSet[BatchRecorder] = weakref.WeakSet()
         self._is_reset = self._is_closed = False
         # Whether somebody may hold an object through which a simulator can be changed behind our back
         self._is_shared = False
@@ -163,9 +163,8 @@ class MujocoVecEnv(VecEnv):
         actions = self._check_actions(actions)
         if self._is_shared:
             self._simulation.read()
-        recorder = self._recorder() if self._recorder is not None else None
-        recording = recorder is not None and recorder.recording
-        self._pending = _PendingStep(actions, recorder, self._simulation.states() if recording else None)
+        recorders = [recorder for recorder in self._recorders if recorder.recording]
+        self._pending = _PendingStep(actions, recorders, self._simulation.states() if recorders else None)
         self._simulation.start(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
@@ -179,8 +178,10 @@ class MujocoVecEnv(VecEnv):
             raise RuntimeError("no step is under way; call `step_async` before `step_wait`")
         pending, self._pending = self._pending, None
         (obs, rewards, terminated), task_infos = self._simulation.finish()
-        if pending.recorder is not None and pending.states is not None:
-            pending.recorder.record(StepRecords(pending.states, pending.actions, rewards, obs.copy()))
+        if pending.states is not None:
+            records = StepRecords(pending.states, pending.actions, rewards, obs.copy())
+            for recorder in pending.recorders:
+                recorder.record(records)
         if self.render_mode == "human" and task_infos is None:  # Gymnasium's own step renders itself
             self._render_all()
         timed_out = self._episodes.add(rewards)
@@ -235,7 +236,7 @@ class MujocoVecEnv(VecEnv):
         """
         Start to record steps so that they can be differentiated, see :func:`sb3_agpo.dynamics.provider.attach_dynamics`.
 
-        Steps are recorded for as long as the returned object is kept, and for the latest one only.
+        Steps are recorded for as long as the returned object is kept.
 
         :param differences: difference options
         :return: the derivatives, None where there are none, and what to tell about it
@@ -245,7 +246,7 @@ class MujocoVecEnv(VecEnv):
         if dynamics is None:
             return None, report
         recorder = BatchRecorder(self._envs[0], dynamics, report)
-        self._recorder = weakref.ref(recorder)
+        self._recorders.add(recorder)
         return recorder, report
 
     # ------------------------------------------------------------------ checkpoints
@@ -366,11 +367,17 @@ class MujocoVecEnv(VecEnv):
         self._is_closed = True
         self._pending = None
         self._simulation.close()
-        recorder = self._recorder() if self._recorder is not None else None
-        if recorder is not None:
+        for recorder in self._recorders:
             recorder.close()
         for env in self._envs:
             env.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_idle()
+        return {**self.__dict__, "_recorders": list(self._recorders)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _recorders=weakref.WeakSet(state["_recorders"]))
 
     def __enter__(self) -> Self:
         return self

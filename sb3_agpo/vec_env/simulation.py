@@ -95,7 +95,7 @@ class BatchSimulation:
     """
 
     def __init__(self, envs: Sequence[MujocoEnv], task: TaskModel, threads: int, own_step: bool = False) -> None:
-        self.envs, self.task, self.own_step = list(envs), task, own_step
+        self.envs, self.task, self.threads, self.own_step = list(envs), task, threads, own_step
         self.model, self._frame_skip = envs[0].model, envs[0].frame_skip
         self._reads = task.n_readings > 0
         n_envs, model = len(self.envs), self.model
@@ -115,6 +115,14 @@ class BatchSimulation:
         self._jobs = list(zip(range(n_envs), self._datas, controls, self._controls, strict=True))
         self._results: list[Any] = [None] * n_envs
         self._work = SharedWork(self._step_own if own_step else self._step_one, threads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In a copy, views of MuJoCo's memory would be arrays that MuJoCo knows nothing of, and threads cannot be copied
+        return {"envs": self.envs, "task": self.task, "threads": self.threads, "own_step": self.own_step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+        self.read()
 
     def start(self, actions: NDArray[Any]) -> None:
         """
