@@ -445,7 +445,7 @@ def test_forgotten_records_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatc
     recorder: TransitionRecorder = env.get_wrapper_attr("recorder")
     env.reset(seed=0)
     env.step(np.zeros(2, np.float32))
-    size = recorder._records[0].n_bytes
+    size = recorder.get_records()[0].n_bytes
     monkeypatch.setattr(recorder_module, "MAX_RECORD_BYTES", 5 * size)
     recorder.discard_records()
     for _ in range(12):

@@ -33,7 +33,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
 from sb3_agpo.agpo.arguments import check_arguments, check_learn_arguments, check_names
-from sb3_agpo.agpo.checkpoint import resume, save_checkpoint
+from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
 from sb3_agpo.agpo.gates import ConstantGate, Gate, MagnitudeGate
 from sb3_agpo.agpo.n_step import sample_n_step
@@ -881,21 +881,9 @@ class AGPO(OffPolicyAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [
             *super()._excluded_save_params(),
-            "actor",
-            "critic",
-            "critic_target",
-            "_critic_parameters",
-            "_target_parameters",
-            "_actor_parameters",
-            "_average_parameters",
-            "dynamics",
-            "derivative_buffer",
-            "critic_lr_schedule",  # made anew from the learning rates
-            "ent_coef_lr_schedule",
-            "_statistics",
+            *MADE_ANEW,
             "_acting_noise",
             "_noise_processes",
-            "_state_before_rollout",
             "_valid_history",
         ]
 

@@ -35,10 +35,8 @@ State = dict[str, Any]
 
 #: constructor arguments that are given anew on resuming
 GIVEN_ANEW = ("self", "policy", "env", "device", "_init_setup_model")
-#: attributes of a model that are saved in another way, made anew, or belong to one call of ``learn``
-NOT_ATTRIBUTES = (
-    "policy",
-    "policy_class",
+#: attributes of a model that are made of others, or belong to one call of ``learn``; ``save`` leaves them out too
+MADE_ANEW = (
     "actor",
     "critic",
     "critic_target",
@@ -46,20 +44,28 @@ NOT_ATTRIBUTES = (
     "_target_parameters",
     "_actor_parameters",
     "_average_parameters",
+    "critic_lr_schedule",
+    "ent_coef_lr_schedule",
+    "dynamics",
+    "derivative_buffer",
+    "_statistics",
+    "_state_before_rollout",
+)
+#: attributes of a model that are not saved as they are, but in another way if at all
+NOT_ATTRIBUTES = (
+    *MADE_ANEW,
+    "policy",
+    "policy_class",
     "log_ent_coef",
     "ent_coef_tensor",
     "ent_coef_optimizer",
     "batch_norm_stats",
     "batch_norm_stats_target",
     "lr_schedule",
-    "critic_lr_schedule",
-    "ent_coef_lr_schedule",
     "replay_buffer",
     "rollout_buffer",
-    "derivative_buffer",
     "_automatic_buffer",
     "env",
-    "dynamics",
     "provider_report",
     "_vec_normalize_env",
     "observation_space",
@@ -68,8 +74,6 @@ NOT_ATTRIBUTES = (
     "device",
     "_logger",
     "_custom_logger",
-    "_statistics",
-    "_state_before_rollout",
     "start_time",
 )
 #: attributes of buffers that are no experience

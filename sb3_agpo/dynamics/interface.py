@@ -93,6 +93,20 @@ def absent_derivatives(n: int, nobs: int, nu: int, ndx: int) -> TransitionDeriva
     )
 
 
+def zero_invalid(derivatives: TransitionDerivatives) -> TransitionDerivatives:
+    """
+    Zero all derivatives of the transitions that are marked as invalid.
+
+    :param derivatives: a batch, its derivatives may be changed in place
+    :return: the batch
+    """
+    d = derivatives
+    if not d.valid.all():
+        for field in (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a):
+            field[~d.valid] = 0.0
+    return d
+
+
 @runtime_checkable
 class DifferentiableDynamics(Protocol):
     """

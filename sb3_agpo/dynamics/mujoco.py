@@ -18,7 +18,7 @@ from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
-from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, concatenate
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, concatenate, zero_invalid
 from sb3_agpo.dynamics.private_copy import model_bytes, private_model
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS, DataStepper, RolloutStepper, SteppedRows, silent_mujoco
 from sb3_agpo.dynamics.tangent import PositionTangent
@@ -442,17 +442,3 @@ def discard_invalid(derivatives: TransitionDerivatives, max_derivative: float) -
     for field, bound in ((d.next_state, mujoco.mjMAXVAL), (d.A, max_derivative), (d.B, max_derivative)):
         valid &= (np.abs(field) <= bound).all(axis=tuple(range(1, field.ndim)))  # False for NaN
     return zero_invalid(d._replace(valid=valid))
-
-
-def zero_invalid(derivatives: TransitionDerivatives) -> TransitionDerivatives:
-    """
-    Zero all derivatives of the transitions that are marked as invalid.
-
-    :param derivatives: a batch, its derivatives may be changed in place
-    :return: the batch
-    """
-    d = derivatives
-    if not d.valid.all():
-        for field in (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a):
-            field[~d.valid] = 0.0
-    return d

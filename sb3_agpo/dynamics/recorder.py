@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -19,10 +19,12 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
-from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate
-from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid, zero_invalid
+from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate, zero_invalid
+from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid
 from sb3_agpo.dynamics.tasks import find_task_model
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
+
+R = TypeVar("R")
 
 #: what a recorder keeps at most. Steps that nobody asks for, taken after training for example, must not fill the memory
 MAX_RECORD_BYTES = 2**29
@@ -80,6 +82,73 @@ class Record(NamedTuple):
         return sum(array.nbytes for array in arrays)
 
 
+class RecordQueue(Generic[R]):
+    """Records of steps that wait to be differentiated: the newest, as many as fit into ``MAX_RECORD_BYTES``."""
+
+    def __init__(self) -> None:
+        self.recording = True
+        self._records: deque[R] = deque()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, record: R, n_bytes: int) -> None:
+        """
+        Add the newest record.
+
+        :param record: not to be changed later
+        :param n_bytes: memory that it and each of those after it take
+        """
+        if not self._records:
+            self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // n_bytes))
+        self._records.append(record)
+
+    def get(self) -> list[R]:
+        """
+        Look at all records.
+
+        :return: the records, oldest first
+        """
+        return list(self._records)
+
+    def take(self, n_steps: int) -> list[R]:
+        """
+        Hand over the newest records, and forget all.
+
+        :param n_steps: number of records
+        :return: the records, oldest first
+        :raises ValueError: if ``n_steps`` is not positive
+        :raises RuntimeError: if there are fewer
+        """
+        check_available(n_steps, len(self))
+        taken = self.get()[-n_steps:]
+        self.clear()
+        return taken
+
+    def keep_oldest(self, n_steps: int) -> None:
+        """
+        Forget all records but the oldest ones; record from now on.
+
+        :param n_steps: number of records to keep
+        """
+        while len(self._records) > n_steps:
+            self._records.pop()
+        self.recording = True
+
+    def clear(self) -> None:
+        """Forget all records."""
+        self._records = deque()
+
+    def discard(self) -> None:
+        """Forget all records; record from now on."""
+        self.clear()
+        self.recording = True
+
+    def pause(self) -> None:
+        """Ask for no further records until :meth:`discard` or :meth:`keep_oldest`."""
+        self.recording = False
+
+
 class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
     """
     Records each step's starting state and action, and differentiates them on demand.
@@ -103,8 +172,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self.dynamics, self.provider_report = dynamics, report
         self.action_scale, self.observation_scale = action_scale, observation_scale
         self._deferred = getattr(dynamics, "deferred", True)
-        self._records: deque[Record] = deque()
-        self._recording = True
+        self._queue: RecordQueue[Record] = RecordQueue()
 
     @property
     def spec(self) -> EnvSpec | None:  # type: ignore[override]
@@ -119,7 +187,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
     @property
     def n_recorded(self) -> int:
         """Number of steps that can be taken."""
-        return len(self._records)
+        return len(self._queue)
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
         """Reset with exactly the given arguments: environments need not take ``seed`` and ``options`` alike."""
@@ -127,20 +195,16 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment and remember where the step started."""
-        if self.dynamics is None or not self._recording:
+        if self.dynamics is None or not self._queue.recording:
             return self.env.step(action)
         action = np.asarray(action)
         state = self.dynamics.get_state()
         derivatives = None if self._deferred else self.dynamics.differentiate(state[None], action[None])
         taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
-        self._record(Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives))
+        record = Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives)
+        self._queue.add(record, record.n_bytes)
         return result
-
-    def _record(self, record: Record) -> None:
-        if not self._records:
-            self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // record.n_bytes))
-        self._records.append(record)
 
     def get_records(self) -> list[Record]:
         """
@@ -148,7 +212,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
         :return: the steps, oldest first
         """
-        return list(self._records)
+        return self._queue.get()
 
     def set_records(self, records: Sequence[Record]) -> None:
         """
@@ -156,14 +220,13 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
         :param records: the steps, oldest first
         """
-        self._records = deque()
+        self._queue.clear()
         for record in records:
-            self._record(record)
+            self._queue.add(record, record.n_bytes)
 
     def discard_records(self) -> None:
         """Forget what was recorded; record from now on."""
-        self._records = deque()
-        self._recording = True
+        self._queue.discard()
 
     def keep_oldest_records(self, n_steps: int) -> None:
         """
@@ -171,13 +234,11 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
         :param n_steps: number of steps to keep
         """
-        while len(self._records) > n_steps:
-            self._records.pop()
-        self._recording = True
+        self._queue.keep_oldest(n_steps)
 
     def pause_records(self) -> None:
         """Record no further steps, which then cost nothing, until records are discarded or the oldest kept."""
-        self._recording = False
+        self._queue.pause()
 
     def take_records(self, n_steps: int) -> StepRecords:
         """
@@ -188,7 +249,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
         """
-        return stack_records(self._take(n_steps))
+        return stack_records(self._queue.take(n_steps))
 
     def take_derivatives(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
@@ -200,18 +261,11 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
         """
-        records = self._take(n_steps)
+        records = self._queue.take(n_steps)
         if self._deferred:
             return self.differentiate_records(stack_records(records), by_state)
         parts = [record.derivatives for record in records if record.derivatives is not None]
         return self._finish(concatenate(parts), stack_records(records))
-
-    def _take(self, n_steps: int) -> list[Record]:
-        """The last ``n_steps`` records, everything else forgotten."""
-        check_available(n_steps, len(self._records))
-        records = list(self._records)[-n_steps:]
-        self._records = deque()
-        return records
 
     def differentiate_records(self, records: StepRecords, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +58,34 @@ def quaternion_logarithm(quaternion: Array) -> Array:
     return axis * np.where(sine > 0.0, angle / np.where(sine > 0.0, sine, 1.0), 2.0)
 
 
+class JointLayout(NamedTuple):
+    """Where the joints of a model keep their positions; plain numbers, so that equal layouts print equally."""
+
+    scalars: tuple[tuple[int, int], ...]  # index in qpos, index in the tangent, of each number that is a length or angle
+    quaternions: tuple[tuple[int, int], ...]  # first index in qpos, first index in the tangent, of each quaternion
+
+
+def joint_layout(model: mujoco.MjModel) -> JointLayout:
+    """
+    Find where the joints of a model keep their positions.
+
+    :param model: MuJoCo's model, any mixture of joints
+    :return: the layout
+    """
+    scalars: list[tuple[int, int]] = []
+    quaternions: list[tuple[int, int]] = []
+    addresses = zip(model.jnt_type.tolist(), model.jnt_qposadr.tolist(), model.jnt_dofadr.tolist(), strict=True)
+    for kind, position, tangent in addresses:
+        if kind == mujoco.mjtJoint.mjJNT_FREE:
+            scalars += [(position + axis, tangent + axis) for axis in range(3)]
+            quaternions.append((position + 3, tangent + 3))
+        elif kind == mujoco.mjtJoint.mjJNT_BALL:
+            quaternions.append((position, tangent))
+        else:
+            scalars.append((position, tangent))
+    return JointLayout(tuple(scalars), tuple(quaternions))
+
+
 class PositionTangent:
     """
     Positions ``qpos`` of a model and their tangent vectors, as ``mj_integratePos`` and ``mj_differentiatePos`` define them.
@@ -64,22 +94,9 @@ class PositionTangent:
     """
 
     def __init__(self, model: mujoco.MjModel) -> None:
-        scalar_positions: list[int] = []
-        scalar_velocities: list[int] = []
-        self._quaternions: list[tuple[slice, slice]] = []
-        for kind, position, velocity in zip(model.jnt_type, model.jnt_qposadr, model.jnt_dofadr, strict=True):
-            kind, position, velocity = int(kind), int(position), int(velocity)
-            if kind in (mujoco.mjtJoint.mjJNT_SLIDE, mujoco.mjtJoint.mjJNT_HINGE):
-                scalar_positions.append(position)
-                scalar_velocities.append(velocity)
-                continue
-            if kind == mujoco.mjtJoint.mjJNT_FREE:  # a translation comes before the quaternion
-                scalar_positions.extend(range(position, position + 3))
-                scalar_velocities.extend(range(velocity, velocity + 3))
-                position, velocity = position + 3, velocity + 3
-            self._quaternions.append((slice(position, position + 4), slice(velocity, velocity + 3)))
-        self._positions = np.array(scalar_positions, dtype=np.intp)
-        self._velocities = np.array(scalar_velocities, dtype=np.intp)
+        layout = joint_layout(model)
+        self._positions, self._velocities = np.array(layout.scalars, dtype=np.intp).reshape(-1, 2).T
+        self._quaternions = [(slice(q, q + 4), slice(v, v + 3)) for q, v in layout.quaternions]
         self.nq, self.nv = int(model.nq), int(model.nv)
 
     def integrate(self, qpos: Array, tangent: Array) -> Array:

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 from torch.func import jacrev, vmap
 
-from sb3_agpo.dynamics.interface import Array, TransitionDerivatives
+from sb3_agpo.dynamics.interface import Array, TransitionDerivatives, zero_invalid
 
 # Networks compute in float32: what overflows there is as useless to them as an infinity
 LARGEST_FINITE = float(np.finfo(np.float32).max)
@@ -328,10 +328,7 @@ def discard_not_finite(derivatives: TransitionDerivatives) -> TransitionDerivati
     :return: the batch with ``valid`` updated
     """
     d = derivatives
-    jacobians = (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a)
     valid = d.valid.copy()
-    for field in (*jacobians, d.next_state, d.next_obs, d.reward):
+    for field in (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a, d.next_state, d.next_obs, d.reward):
         valid &= (np.abs(field) <= LARGEST_FINITE).all(axis=tuple(range(1, field.ndim)))  # False for NaN
-    for field in jacobians:
-        field[~valid] = 0.0
-    return d._replace(valid=valid)
+    return zero_invalid(d._replace(valid=valid))

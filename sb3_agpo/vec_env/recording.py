@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
-from sb3_agpo.dynamics.recorder import (
-    MAX_RECORD_BYTES,
-    ProviderReport,
-    StepRecords,
-    TransitionRecorder,
-    check_available,
-    wrapper_scales,
-)
+from sb3_agpo.dynamics.recorder import ProviderReport, RecordQueue, StepRecords, TransitionRecorder
+from sb3_agpo.dynamics.wrappers import wrapper_scales
 
 
 class BatchRecorder:
@@ -35,15 +28,19 @@ class BatchRecorder:
     def __init__(self, env: gym.Env[Any, Any], dynamics: DifferentiableDynamics, report: ProviderReport) -> None:
         self.report = report
         self.simulator_calls = 0  # environment steps simulated for differences
-        self.recording = True
         # Never stepped, and never put into the environment: it knows the chain rule and which steps to distrust
         self._engine = TransitionRecorder(env.unwrapped, dynamics, report, *wrapper_scales(env))
-        self._records: deque[StepRecords] = deque()
+        self._queue: RecordQueue[StepRecords] = RecordQueue()
 
     @property
     def n_recorded(self) -> int:
         """Steps per environment that can be taken."""
-        return len(self._records)
+        return len(self._queue)
+
+    @property
+    def recording(self) -> bool:
+        """Whether steps are to be recorded."""
+        return self._queue.recording
 
     def record(self, records: StepRecords) -> None:
         """
@@ -51,10 +48,7 @@ class BatchRecorder:
 
         :param records: one row per environment, not to be changed later
         """
-        if not self._records:
-            # Steps that nobody asks for must not fill the memory
-            self._records = deque(maxlen=max(1, MAX_RECORD_BYTES // sum(array.nbytes for array in records)))
-        self._records.append(records)
+        self._queue.add(records, sum(array.nbytes for array in records))
 
     def take(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
@@ -67,10 +61,8 @@ class BatchRecorder:
         :raises ValueError: if ``n_steps`` is not positive
         :raises RuntimeError: if fewer were recorded
         """
-        check_available(n_steps, len(self._records))
-        taken = list(self._records)[-n_steps:]
+        taken = self._queue.take(n_steps)
         records = StepRecords._make(np.concatenate(parts) for parts in zip(*taken, strict=True))
-        self.discard()
         n_envs = len(taken[0].rewards)
         self.simulator_calls += n_envs * self.report.simulator_calls(n_steps, by_state)
         return self._engine.differentiate_records(records, None if by_state is None else by_state.repeat(n_envs))
@@ -81,18 +73,15 @@ class BatchRecorder:
 
         :param n_steps: steps per environment to keep
         """
-        while len(self._records) > n_steps:
-            self._records.pop()
-        self.recording = True
+        self._queue.keep_oldest(n_steps)
 
     def discard(self) -> None:
         """Forget the steps recorded so far; record from now on."""
-        self._records = deque()
-        self.recording = True
+        self._queue.discard()
 
     def pause(self) -> None:
         """Record no further steps until :meth:`discard` or :meth:`keep_oldest`; those recorded so far are kept."""
-        self.recording = False
+        self._queue.pause()
 
     def get_records(self) -> list[StepRecords]:
         """
@@ -100,7 +89,7 @@ class BatchRecorder:
 
         :return: the steps of all environments, oldest first
         """
-        return list(self._records)
+        return self._queue.get()
 
     def set_records(self, records: Sequence[StepRecords]) -> None:
         """
@@ -108,7 +97,7 @@ class BatchRecorder:
 
         :param records: the steps of all environments, oldest first
         """
-        self._records = deque()
+        self._queue.clear()
         for step in records:
             self.record(step)
 

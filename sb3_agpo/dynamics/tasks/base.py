@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
-from sb3_agpo.dynamics.tangent import quaternion_multiply
+from sb3_agpo.dynamics.tangent import JointLayout, joint_layout, quaternion_multiply
 
 Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -154,34 +154,6 @@ class StockTask(TaskModel):
             jacobian[:, start : start + block.shape[1], first_column : first_column + nv] = block
             start += block.shape[1]
         return jacobian
-
-
-class JointLayout(NamedTuple):
-    """Where the joints of a model keep their positions; plain numbers, so that equal layouts print equally."""
-
-    scalars: tuple[tuple[int, int], ...]  # index in qpos, index in the tangent, of each number that is a length or angle
-    quaternions: tuple[tuple[int, int], ...]  # first index in qpos, first index in the tangent, of each quaternion
-
-
-def joint_layout(model: mujoco.MjModel) -> JointLayout:
-    """
-    Find where the joints of a model keep their positions.
-
-    :param model: MuJoCo's model, any mixture of joints
-    :return: the layout
-    """
-    scalars: list[tuple[int, int]] = []
-    quaternions: list[tuple[int, int]] = []
-    addresses = zip(model.jnt_type.tolist(), model.jnt_qposadr.tolist(), model.jnt_dofadr.tolist(), strict=True)
-    for kind, position, tangent in addresses:
-        if kind == mujoco.mjtJoint.mjJNT_FREE:
-            scalars += [(position + axis, tangent + axis) for axis in range(3)]
-            quaternions.append((position + 3, tangent + 3))
-        elif kind == mujoco.mjtJoint.mjJNT_BALL:
-            quaternions.append((position, tangent))
-        else:
-            scalars.append((position, tangent))
-    return JointLayout(tuple(scalars), tuple(quaternions))
 
 
 def position_jacobian(layout: JointLayout, qpos: Array, nv: int) -> Array:
