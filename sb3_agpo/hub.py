@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import pickle
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ import gymnasium as gym
 import stable_baselines3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.tracking.normalization import held_normalization
 
 try:
     from huggingface_hub import ModelCard, ModelCardData
@@ -196,9 +198,10 @@ def write_hub_folder(
     folder.mkdir(parents=True, exist_ok=True)
     normalization = model.get_vec_normalize_env()
     env = env or make_vec_env(env_id)
-    if normalization is not None and not isinstance(env, VecNormalize):
+    if normalization is not None and unwrap_vec_normalize(env) is None:
         env = _frozen(normalization, env)
-    mean, deviation = evaluate_policy(model, env, n_eval_episodes=episodes, deterministic=True)
+    with held_normalization(env):
+        mean, deviation = evaluate_policy(model, env, n_eval_episodes=episodes, deterministic=True)
     evaluation = Evaluation(float(mean), float(deviation), episodes)  # type: ignore[arg-type]
     name = repository_name(env_id)
     model.save(folder / f"{name}.zip")
@@ -250,8 +253,10 @@ def load_for_card(path: Path, env_id: str, normalization: Path | None) -> AGPO:
         if normalization is not None:
             env = VecNormalize.load(str(normalization), env)
         # A replay buffer of the size it was trained with would only take memory
-        return AGPO.load(path, env=env, device="cpu", custom_objects={"buffer_size": 1})
-    except (gym.error.Error, ValueError, KeyError, TypeError) as error:
+        model = AGPO.load(path, env=env, device="cpu", custom_objects={"buffer_size": 1})
+        model.buffer_size = _settings(path)["buffer_size"]  # that of the file, for whoever trains it further
+        return model
+    except (gym.error.Error, ImportError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} and {env_id} do not go together, or one of them is wrong ({error})") from error
 
 

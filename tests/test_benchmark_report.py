@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.report import number
+from sb3_agpo.benchmark.report import number, stock_settings
 from sb3_agpo.benchmark.results import Reached, load
 from sb3_agpo.benchmark.statistics import bootstrap_interval, first_reached, interquartile_mean, mean, performance_profile
 
@@ -34,7 +34,7 @@ def run(algorithm: str, env: str, seed: int, returns: Sequence[float], **changes
     constants = {
         **dict.fromkeys(records.COLUMNS, ""), **records.versions(), "algorithm": algorithm, "env": env, "seed": seed,
         "budget": budget, "eval_every": 5000, "threads": 1, "n_envs": 1, "machine": "Abacus, 1 cores", "git_commit": "abc1234",
-        "settings": f"hash-{algorithm}", **changes,
+        "settings": stock_settings(algorithm) or "changed", **changes,
     }  # fmt: skip
     rows = []
     for i, value in enumerate(returns):
@@ -226,6 +226,8 @@ def test_settings_are_not_mixed(tmp_path: Path) -> None:
     """Runs of different settings are different algorithms, which ``--baseline`` can tell apart too."""
     rows = [run("sac", HOPPER, seed, [1, 2], settings=settings) for seed, settings in enumerate("aab")]
     path = write_csv(tmp_path / "learning.csv", random_row(HOPPER, 0), *rows)
+    assert "give one of `sac [a]`, `sac [b]`" in " ".join(load(path).notes)
+    assert sorted(load(path, algorithms=["sac"]).curves) == ["sac [a]", "sac [b]"]
     results = load(path, "sac [a]")
     assert sorted(results.curves) == ["sac [a]", "sac [b]"]
     assert len(results.scores("sac [a]")[0]) == 2
@@ -263,8 +265,9 @@ def test_comparison_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture
     text = (tmp_path / "report.md").read_text()
     assert "Hopper-v5, 10k steps" in text
     assert "--steps 10000" in text
-    assert main(["report", "--input", str(path), "--output", str(tmp_path), "--steps", "0"]) == 2
-    assert "`--steps` must be positive, got 0" in capsys.readouterr().err
+    for steps in ("0", "7500"):
+        assert main(["report", "--input", str(path), "--output", str(tmp_path), "--steps", steps]) == 2
+        assert f"`--steps` is {steps}; give a multiple of the 5,000 steps" in capsys.readouterr().err
 
 
 def test_unfinished_runs_are_live_only(tmp_path: Path) -> None:

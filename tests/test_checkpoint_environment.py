@@ -283,6 +283,69 @@ def test_box2d_world_cannot_be_saved() -> None:
     assert captured["lost"] and any("world" in name for name in captured["unknown"])
 
 
+class Views(RandomEnv):
+    """State with two names, a generator with two names, and arrays that are equal by chance when an episode begins."""
+
+    def __init__(self) -> None:
+        super().__init__(spaces.Box(-np.inf, np.inf, (3,), np.float64))
+        self.state = np.zeros(2)
+        self.parts = {"position": self.state[:1], "velocity": [self.state[1:]]}
+        self.start = np.zeros(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(seed=seed)
+        self.noise = self.np_random
+        self.state[:] = 0.0
+        self.place = self.start
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.parts["velocity"][0] += self.np_random.normal(size=1)
+        self.parts["position"] += self.parts["velocity"][0]
+        self.place = self.place + 1.0
+        return np.array([*self.state, self.noise.normal() + self.place[0] - self.start[0]]), 0.0, False, False, {}
+
+
+def test_memory_and_generators_with_two_names_keep_both() -> None:
+    first, second = Views(), Views()
+    first.reset(seed=1)
+    second.reset(seed=2)
+    play(first, [np.zeros(1)] * 3)
+    assert restore_environment(second, through_files(capture_environment(first))) == []
+    assert second.parts["position"].base is second.state.base or np.shares_memory(second.parts["position"], second.state)
+    assert_same(play(first, [np.zeros(1)] * 5), play(second, [np.zeros(1)] * 5))
+
+
+def test_memory_that_gets_a_second_name_on_the_way_is_said_to_lose_it() -> None:
+    first, second = Views(), Views()
+    for env in (first, second):
+        env.reset(seed=1)
+    first.late = first.state[:1]  # type: ignore[attr-defined]
+    notes = restore_environment(second, through_files(capture_environment(first)))
+    assert any("late" in note and "no longer the same memory" in note for note in notes)
+
+
+class PartsOfTheSimulator(InvertedPendulumEnv):
+    """Views of the simulator in a container, alone or with something else."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__()
+        self.parts = {"position": self.data.qpos, "velocity": self.data.qvel, **others}
+
+
+def test_views_of_the_simulator_in_containers() -> None:
+    first, second = PartsOfTheSimulator(), PartsOfTheSimulator()
+    for seed, env in enumerate((first, second)):
+        env.reset(seed=seed)
+    play(first, [np.ones(1)] * 3)
+    assert restore_environment(second, through_files(capture_environment(first))) == []
+    second.step(np.ones(1))
+    assert np.array_equal(second.parts["velocity"], second.data.qvel)
+    assert any(
+        "holds memory of the simulator" in what for what in capture_environment(PartsOfTheSimulator(count=3))["unknown"]
+    )
+
+
 def test_other_environment_is_refused() -> None:
     env = make_task("Hopper-v5")
     env.reset(seed=0)

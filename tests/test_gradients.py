@@ -109,21 +109,21 @@ def test_prediction_of_known_cases() -> None:
     """Perfect, no better than nothing, opposite, and nothing to explain."""
     deviations = np.array([[[0.1], [-0.2]]])
     changes = np.array([[0.2, -0.4]])
-    assert measures.prediction(np.array([[2.0]]), deviations, changes) == pytest.approx((1.0, 1.0, 1))
-    assert measures.prediction(np.array([[0.0]]), deviations, changes) == pytest.approx((0.0, 0.5, 1))
-    assert measures.prediction(np.array([[-2.0]]), deviations, changes) == pytest.approx((-3.0, 0.0, 1))
+    assert measures.prediction(np.array([[2.0]]), deviations, changes) == pytest.approx((1.0, 1.0, 1, 1))
+    assert measures.prediction(np.array([[0.0]]), deviations, changes) == pytest.approx((0.0, 0.5, 1, 1))
+    assert measures.prediction(np.array([[-2.0]]), deviations, changes) == pytest.approx((-3.0, 0.0, 1, 1))
     nothing = measures.prediction(np.array([[1.0]]), deviations, np.zeros((1, 2)))
-    assert nothing.n_windows == 0 and np.isnan(nothing.explained)
+    assert (nothing.n_windows, nothing.n_moments) == (0, 1) and np.isnan(nothing.explained)
 
 
 def test_another_step_is_suggested_only_if_it_is_better() -> None:
     def of(*explained: float) -> list[Prediction]:
-        return [Prediction(value, 0.9, 10) for value in explained]
+        return [Prediction(value, 0.9, 10, 10) for value in explained]
 
     assert suggested(of(0.5, 0.5, 0.5), base=1) == 1
     assert suggested(of(0.51, 0.5, 0.5), base=1) == 1
     assert suggested(of(0.3, 0.5, 0.6), base=1) == 2
-    assert suggested([Prediction(float("nan"), float("nan"), 0)] * 3, base=1) == 1
+    assert suggested([Prediction(float("nan"), float("nan"), 0, 10)] * 3, base=1) == 1
 
 
 def test_steps_as_code_make_the_same_options() -> None:
@@ -253,11 +253,13 @@ def test_contacts(inspected: Inspection) -> None:
 
 def test_smooth_task_is_called_good_and_a_sparse_one_is_not(inspected: Inspection) -> None:
     assert "good here" in verdict(inspected)
-    nothing = inspected._replace(predictions=[Prediction(float("nan"), float("nan"), 0)] * len(SCALES))
+    nothing = inspected._replace(predictions=[Prediction(float("nan"), float("nan"), 0, 10)] * len(SCALES))
     assert "nothing that a derivative could say" in verdict(nothing)
-    poor = inspected._replace(predictions=[Prediction(-2.0, 0.5, 8)] * len(SCALES))
+    untried = inspected._replace(predictions=[Prediction(float("nan"), float("nan"), 0, 0)] * len(SCALES))
+    assert "nothing could be compared" in verdict(untried) and "shorter horizon" in verdict(untried)
+    poor = inspected._replace(predictions=[Prediction(-2.0, 0.5, 8, 8)] * len(SCALES))
     assert "rough" in verdict(poor) and "0%" in verdict(poor)
-    misses = inspected._replace(predictions=[Prediction(0.9, 0.5, 8)] * len(SCALES))
+    misses = inspected._replace(predictions=[Prediction(0.9, 0.5, 8, 8)] * len(SCALES))
     assert "miss the largest changes" in verdict(misses)
 
 

@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from small_models import small_model
+from small_models import SMALL, small_model
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecCheckNan, VecNormalize
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import VarianceSwitch
@@ -52,9 +52,22 @@ def test_folder(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert (results["n_eval_episodes"], results["is_deterministic"]) == (3, True) and results["mean_reward"] >= 1.0
     config = json.loads((folder / "config.json").read_text())
+    assert config["buffer_size"] == SMALL["buffer_size"]
     assert config["num_timesteps"] == 60 and "OS" in config["system_info"]
     env = VecNormalize.load(str(folder / "vec_normalize.pkl"), make_vec_env(ENV))
-    assert AGPO.load(folder / f"agpo-{ENV}.zip", env=env).num_timesteps == 60
+    model = AGPO.load(folder / f"agpo-{ENV}.zip", env=env)
+    assert (model.num_timesteps, model.buffer_size) == (60, SMALL["buffer_size"])
+
+
+def test_statistics_of_the_given_environment_stay(saved: Path, tmp_path: Path) -> None:
+    """Also where another wrapper is around them."""
+    normalized = VecNormalize.load(f"{saved}/normalization.pkl", make_vec_env(ENV))
+    model = AGPO.load(saved / "model.zip", env=normalized)
+    count = normalized.obs_rms.count  # type: ignore[union-attr]
+    for name, env in (("plain", normalized), ("wrapped", VecCheckNan(normalized))):
+        hub.write_hub_folder(model, ENV, tmp_path / name, env, episodes=1)
+        assert normalized.obs_rms.count == count  # type: ignore[union-attr]
+        assert normalized.training and normalized.norm_reward
 
 
 def test_card_has_the_metadata_of_huggingface_sb3(saved: Path) -> None:

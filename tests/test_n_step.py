@@ -109,6 +109,8 @@ def test_saturated_actions_are_near_a_saturated_policy() -> None:
     actions, log_std = th.tensor([[1.0], [1.0], [-1.0]]), th.full((3, 1), -2.0)
     distances = action_distance(actions, th.tensor([[20.0], [0.0], [20.0]]), log_std)
     assert distances[0] < 0.1 and distances[1] > 40.0 and distances[2] > 80.0
+    # However sure the policy is
+    assert action_distance(actions[:1], th.tensor([[8.0]]), th.tensor([[-7.0]])) == 0.0
 
 
 def test_traces_grow_when_the_policy_is_left_alone() -> None:
@@ -136,6 +138,22 @@ def test_length_is_logged_where_traces_are_cut(normalise: bool) -> None:
     assert logged is not None and 1.0 < logged < 3.0
     assert lengths(trace_distance=math.inf) is None
     assert lengths(n_steps=1) is None
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_returns_do_not_cross_a_reset_of_the_environment(reset: bool) -> None:
+    """``learn`` begins new episodes unless it is told to go on; the old ones did not end by themselves, though."""
+    model = small_model("Pendulum-v1", learning_starts=1000, n_steps=3).learn(30)
+    model.learn(30, reset_num_timesteps=reset)
+    buffer = model.replay_buffer
+    assert isinstance(buffer, NStepReplayBuffer) and buffer.pos == 60
+    assert buffer.dones[:60, 0].tolist() == buffer.timeouts[:60, 0].tolist()
+    assert np.flatnonzero(buffer.dones[:60, 0]).tolist() == ([29] if reset else [])
+    np.random.seed(0)
+    data, _ = sample_n_step(buffer, 500, model.actor, math.inf, None)
+    assert data.discounts is not None and not data.dones.any()
+    lengths = {round(math.log(discount, model.gamma)) for discount in data.discounts.flatten().tolist()}
+    assert lengths == {1, 2, 3}  # shorter ones at the end of the buffer, in any case
 
 
 def test_infinite_distance_learns_as_with_the_replay_buffer_of_sb3(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 import torch as th
 import wandb
 from numpy.typing import NDArray
+from PIL import Image as PillowImage
 from stable_baselines3 import SAC
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Figure, HParam, Image
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_files import Offline
 
@@ -239,6 +241,41 @@ def test_synchronised_tensorboard_sends_nothing_twice(tmp_path: Path) -> None:
     assert list(offline.series("video/episode")) == [100]
 
 
+def test_a_run_of_its_own_cannot_be_synchronised(tmp_path: Path) -> None:
+    """TensorBoard's file is open before the run is: what is asked for in vain must not leave the run empty."""
+    model = AGPO("MlpPolicy", ENVIRONMENT, tensorboard_log=str(tmp_path / "tb"), **SMALL)
+    arguments = {"dir": str(tmp_path), "sync_tensorboard": True}
+    model.learn(100, callback=AGPOWandbCallback(run_arguments=arguments, histogram_freq=50))
+    wandb.tensorboard.unpatch()
+    offline = Offline(tmp_path)
+    assert list(offline.series("gate/step_0")) == [50, 100]
+    assert offline.series("train/ent_coef")
+
+
+def test_a_run_that_was_interrupted_is_not_gone_on_with(tmp_path: Path) -> None:
+    """SB3 tells callbacks nothing of an error or Ctrl-C; the next run is another one, the same callback's is the same."""
+
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 60:
+                raise KeyboardInterrupt
+            return True
+
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+    first, second = (callback_in(tmp_path / name, histogram_freq=20) for name in ("first", "second"))
+    (tmp_path / "first").mkdir(), (tmp_path / "second").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=[first, Interrupt()])
+    model.learn(20, callback=first, reset_num_timesteps=False)
+    assert wandb.run is None and type(model) is AGPO
+    assert {40, 80} <= set(Offline(tmp_path / "first").series("gate/step_0"))
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=[first, Interrupt()])
+    other = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=second)
+    assert second.run_id != first.run_id and wandb.run is None
+    assert type(model) is type(other) is AGPO
+
+
 def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is called and nothing is written."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -264,6 +301,33 @@ def test_other_algorithms(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def test_animations_play_at_the_speed_of_the_task() -> None:
+    """GIF counts in hundredths of a second, and browsers show less than two of them as ten."""
+    frames = [np.full((4, 4, 3), 20 * index, dtype=np.uint8) for index in range(12)]
+    for speed, every, duration in ((10.0, 1, 100), (50.0, 1, 20), (67.0, 2, 30), (125.0, 3, 20)):
+        with PillowImage.open(BytesIO(encode_animation(frames, speed).gif)) as picture:
+            assert picture.n_frames == len(frames) // every  # type: ignore[attr-defined]
+            assert picture.info["duration"] == duration
+
+
+def test_normalised_environments_are_not_normalised_again() -> None:
+    """Nor do their statistics change, or their rewards stay scaled: neither for a video, nor afterwards."""
+    model = AGPO("MlpPolicy", VecNormalize(make_vec_env(ENVIRONMENT)), **SMALL).learn(40)
+    seen: list[Any] = []
+    predict = model.predict
+    model.predict = lambda observation, **_: (seen.append(observation), predict(observation))[1]  # type: ignore[method-assign]
+    env = VecNormalize(DummyVecEnv([lambda: Painted(gym.make(ENVIRONMENT))]))
+    env.obs_rms, env.render_mode = model.get_vec_normalize_env().obs_rms, "rgb_array"  # type: ignore[union-attr]
+    count = env.obs_rms.count  # type: ignore[union-attr]
+    env.seed(3)
+    first = env.reset()
+    env.obs_rms.count = count  # type: ignore[union-attr]
+    env.seed(3)
+    record_episode(model, env, max_frames=1)
+    assert np.allclose(seen[0], first, atol=0.05)
+    assert env.obs_rms.count == count and env.training and env.norm_reward  # type: ignore[union-attr]
 
 
 def test_recording_a_gate_leaves_the_model_alone() -> None:

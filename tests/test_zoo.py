@@ -28,7 +28,7 @@ from sb3_agpo.vec_env import MujocoVecEnv
 from sb3_agpo.zoo.algorithm import ZooAGPO
 from sb3_agpo.zoo.manager import AGPOExperimentManager
 from sb3_agpo.zoo.registration import register
-from sb3_agpo.zoo.scripts import FUNCTIONS, MODULES, main, redirected
+from sb3_agpo.zoo.scripts import FUNCTIONS, MODULES, main, redirected, with_defaults
 
 MUJOCO_TASKS = {
     "Ant-v5",
@@ -361,6 +361,17 @@ def test_benchmark_and_plots(logs: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 # ---------------------------------------------------------------------- entry
+
+
+def test_what_was_trained_is_looked_for_where_training_puts_it() -> None:
+    """The zoo would look for agents of its own, and for AGPO's on the network."""
+    for script in ("enjoy", "record_video", "record_training"):
+        for algo in (["--algo", "agpo"], ["--algo=agpo"]):
+            assert with_defaults(script, algo) == [*algo, "-f", "logs"]
+        for given in (["--algo", "agpo", "-f", "x"], ["--algo", "agpo", "--folder=x"], ["--algo", "sac"]):
+            assert with_defaults(script, given) == given
+    assert with_defaults("train", ["--algo", "agpo"]) == ["--algo", "agpo"]
+    assert with_defaults("optimize", ["--algo", "agpo"]) == ["-optimize", "--algo", "agpo"]
 
 
 def test_usage_and_unknown_scripts(capsys: pytest.CaptureFixture[str]) -> None:

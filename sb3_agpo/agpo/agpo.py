@@ -36,7 +36,7 @@ from sb3_agpo.agpo.arguments import check_arguments, check_learn_arguments, chec
 from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
 from sb3_agpo.agpo.gates import ConstantGate, Gate, MagnitudeGate
-from sb3_agpo.agpo.n_step import sample_n_step
+from sb3_agpo.agpo.n_step import end_last_episode, sample_n_step
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
@@ -843,8 +843,11 @@ class AGPO(OffPolicyAlgorithm):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
+        will_reset = reset_num_timesteps or self._last_obs is None  # the environment
+        if will_reset and type(self.replay_buffer) is NStepReplayBuffer:
+            end_last_episode(self.replay_buffer)
         if self.dynamics is not None:
-            if reset_num_timesteps or self._last_obs is None:  # the environment is about to be reset
+            if will_reset:
                 self.dynamics.discard()
                 self.rollout_buffer.reset()
             else:  # a callback that stopped the last call did so before that step was stored

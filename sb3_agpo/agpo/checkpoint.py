@@ -23,6 +23,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.arguments import check_arguments
 from sb3_agpo.agpo.faults import explained_faults
+from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.checkpoint.directory import find_checkpoint, read_checkpoint, write_checkpoint
 from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
 from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
@@ -448,11 +449,10 @@ def begin_new_episodes(model: AGPO) -> None:
     :param model: the model, whose environment has been reset
     """
     model._last_obs = None  # `learn` resets the environment, and drops steps that wait for their derivatives
-    buffer = model.replay_buffer
-    if isinstance(buffer, HerReplayBuffer):
-        buffer.truncate_last_trajectory()
-    elif buffer is not None and buffer.optimize_memory_usage:
-        buffer.dones[(buffer.pos - 1) % buffer.buffer_size] = True
+    if isinstance(model.replay_buffer, HerReplayBuffer):
+        model.replay_buffer.truncate_last_trajectory()
+    elif model.replay_buffer is not None:
+        end_last_episode(model.replay_buffer)
 
 
 def restore_generators(model: AGPO, state: State) -> None:

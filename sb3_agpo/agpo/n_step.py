@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -63,6 +63,23 @@ def sample_n_step(
         discounts=buffer.to_torch(powers[length + 1, None]),
     )
     return samples, float(length.mean()) + 1.0
+
+
+def end_last_episode(buffer: ReplayBuffer) -> None:
+    """
+    Let episodes that are not over end with the newest transitions, as by a time limit: what follows begins another one.
+
+    :param buffer: replay buffer other than ``HerReplayBuffer``
+    """
+    if buffer.size() == 0:
+        return
+    newest = (buffer.pos - 1) % buffer.buffer_size
+    unfinished = buffer.dones[newest] == 0.0  # (n_envs,)
+    buffer.dones[newest, unfinished] = 1.0
+    # Without memory of its own for successors, that of the newest transition is about to become another episode's first
+    # observation, on which no value may be built
+    if not buffer.optimize_memory_usage:
+        buffer.timeouts[newest, unfinished] = 1.0
 
 
 def _distances(buffer: NStepReplayBuffer, actor: Actor, observations: Any, actions: np.ndarray) -> np.ndarray:

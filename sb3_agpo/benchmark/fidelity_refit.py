@@ -59,7 +59,7 @@ def refit(model: AGPO, file: str, n_updates: int, matching: float) -> SavedModel
     ent_coef = SavedModel.of(model, file).ent_coef
     model.critic.requires_grad_(True)
     for _ in tqdm(range(n_updates), desc=f"refit, matching {matching:g}", unit="update", leave=False):
-        data = model.replay_buffer.sample(model.batch_size)
+        data = model._sample_transitions(model.batch_size)
         (transitions,) = critic_batches(model.policy, data, model.gamma, ent_coef, model.batch_size)
         loss = temporal_difference_loss(model.policy, transitions)
         if matching > 0.0:

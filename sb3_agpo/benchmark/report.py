@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_agpo.benchmark import figures
+from sb3_agpo.benchmark.algorithms import find_algorithm
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
 from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
 from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean, mean
@@ -167,6 +169,27 @@ def reached_table(results: Results, algorithms: Sequence[str], quantity: str) ->
     return table(["Task", *labels(results, algorithms)], rows)
 
 
+@functools.cache
+def stock_settings(algorithm: str) -> str:
+    """
+    Identify the settings that an algorithm has in the benchmark unless they are changed.
+
+    :param algorithm: its name
+    :return: their hash; empty for a name that is not the benchmark's
+    """
+    return find_algorithm(algorithm).settings_hash() if algorithm in ORDER else ""
+
+
+def is_stock(row: Row) -> bool:
+    """
+    Whether a row is of an algorithm as the benchmark has it, which its name alone makes again.
+
+    :param row: an evaluation
+    :return: whether its settings are those of the name
+    """
+    return row["settings"] == stock_settings(row["algorithm"])
+
+
 def learning_commands(rows: Sequence[Row]) -> list[str]:
     """
     The commands that make the rows again.
@@ -176,7 +199,7 @@ def learning_commands(rows: Sequence[Row]) -> list[str]:
     """
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["algorithm"] in ORDER:
+        if is_stock(row):
             default = str(BUDGETS.get(row["env"])) == row["budget"]
             groups["" if default else row["budget"], row["eval_every"], row["threads"]].append(row)
     with_random = any(row["algorithm"] == RANDOM for row in rows)
@@ -208,7 +231,7 @@ def circumstances(results: Results, command: str) -> str:
     versions = "".join(f"| {name} | {value} |\n" for name, value in rows)
     text = "```\n" + "\n".join([*learning_commands(results.rows), command]) + "\n```\n\n"
     if changed := sorted(
-        {(row["algorithm"], row["settings"]) for row in results.rows if row["algorithm"] not in (RANDOM, *ORDER)}
+        {(row["algorithm"], row["settings"]) for row in results.rows if row["algorithm"] != RANDOM and not is_stock(row)}
     ):
         named = ", ".join(f"`{name}` ({settings})" for name, settings in changed)
         text += f"Changed algorithms, with their settings' hash in `learning_settings.json`: {named}.\n\n"
@@ -284,10 +307,8 @@ def main(options: argparse.Namespace) -> int:
 
     :param options: of the command line
     :return: exit code 0
-    :raises ValueError: if there is nothing to report
+    :raises ValueError: if there is nothing to report, or options do not fit
     """
-    if options.steps is not None and options.steps <= 0:
-        raise ValueError(f"`--steps` must be positive, got {options.steps}")
     results = load(options.input, options.baseline, options.algorithms, options.live, options.steps)
     if not results.curves:
         raise ValueError(f"{options.input} has no runs to report with these options; see 'learning' to make some")

@@ -206,7 +206,7 @@ def load(
     :param live: whether to use unfinished runs as well
     :param steps: environment steps to compare at, where budgets are larger; None: the budgets
     :return: the results
-    :raises ValueError: if there is nothing in it
+    :raises ValueError: if there is nothing in it, or ``steps`` lies between two evaluations
     """
     rows = read_all(path) if live else read_rows(path)
     if not rows:
@@ -214,7 +214,9 @@ def load(
     results = Results(baseline)
     runs = _group(rows, results)
     wanted = None if algorithms is None else {baseline, *algorithms}
-    runs = {key: run for key, run in runs.items() if wanted is None or key.algorithm in wanted}
+    runs = {key: run for key, run in runs.items() if wanted is None or wanted & {key.algorithm, run[0]["algorithm"]}}
+    if steps is not None:
+        _check_steps(steps, runs)
     _find_budgets(runs, results, steps)
     for key, run in _choose(runs, results).items():
         curve = _curve(key, run, results.budgets[key.env])
@@ -223,6 +225,20 @@ def load(
     _note_missing(results)
     _note_mixtures(results)
     return results
+
+
+def _check_steps(steps: int, runs: dict[RunKey, list[Row]]) -> None:
+    """
+    Check the number of steps to compare at.
+
+    :param steps: the number
+    :param runs: all runs
+    :raises ValueError: if it is not positive, or lies between two evaluations
+    """
+    intervals = {int(run[0]["eval_every"]) for run in runs.values()}
+    if steps <= 0 or any(steps % interval for interval in intervals):
+        every = " and ".join(f"{interval:,}" for interval in sorted(intervals))
+        raise ValueError(f"`--steps` is {steps}; give a multiple of the {every} steps between evaluations")
 
 
 def _group(rows: list[Row], results: Results) -> dict[RunKey, list[Row]]:
@@ -316,7 +332,9 @@ def _note_missing(results: Results) -> None:
     """
     notes = results.notes
     if results.baseline not in results.curves:
-        notes.append(f"There are no runs of the baseline `{results.baseline}`, hence no normalised scores.")
+        others = [f"`{name}`" for name in results.algorithms if name.startswith(f"{results.baseline} [")]
+        hint = f"; give one of {', '.join(others)}" if others else ""
+        notes.append(f"There are no runs of the baseline `{results.baseline}`, hence no normalised scores{hint}.")
     else:
         for task in results.tasks:
             if task not in results.random:

@@ -10,6 +10,7 @@ behind. An environment with any other attribute that could hold state (a Box2D w
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 import zlib
 from collections.abc import Iterator
@@ -101,16 +102,22 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     unknown: list[str] = []
     simulator = layer.unwrapped if isinstance(layer.unwrapped, MujocoEnv) else None
     for key, value in vars(layer).items():
-        if key in STRUCTURAL or (simulator is not None and _is_part(value, simulator)):
+        if key in STRUCTURAL:
             continue
-        if isinstance(value, gym.Space):
+        parts = [] if simulator is None else [_is_part(leaf, simulator) for _, leaf in _leaves(value, key)]
+        if parts and all(parts):
+            continue
+        if any(parts):
+            unknown.append(f"{name}.{key} holds memory of the simulator")
+        elif isinstance(value, gym.Space):
             generators[key] = space_generators(value)
         elif is_plain(value):
             attributes[key] = value
         elif not is_inert(value):
             unknown.append(f"{name}.{key} is a {type(value).__name__}")
     known = isinstance(layer, gym.Wrapper) and type(layer).__module__.split(".")[0] in KNOWN_PACKAGES
-    return {"class": name, "attributes": attributes, "spaces": generators}, [] if known else unknown
+    state = {"class": name, "attributes": attributes, "spaces": generators, "shared": shared_leaves(attributes)}
+    return state, [] if known else unknown
 
 
 def is_inert(value: Any) -> bool:
@@ -122,6 +129,33 @@ def is_inert(value: Any) -> bool:
     """
     module = f"{type(value).__module__}."
     return isinstance(value, INERT) or any(module.startswith(f"{name}.") for name in PICTURES)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a container holds, containers within it opened as well, and what to call it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def shared_leaves(attributes: State) -> list[list[str]]:
+    """
+    Find arrays that are views of one another, and random generators that have two names.
+
+    :param attributes: name -> value
+    :return: pairs of names such as ``position`` or ``parts['position']``
+    """
+    leaves = [leaf for key, value in attributes.items() for leaf in _leaves(value, key)]
+    arrays = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.ndarray) and leaf.size]
+    generators = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.random.Generator)]
+    pairs = [[one, other] for (one, a), (other, b) in itertools.combinations(arrays, 2) if np.may_share_memory(a, b)]
+    pairs += [[one, other] for (one, a), (other, b) in itertools.combinations(generators, 2) if a is b]
+    return pairs
 
 
 def _is_part(value: Any, simulator: MujocoEnv) -> bool:
@@ -148,9 +182,9 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "
             "make it with the same wrappers"
         )
-    for layer, layer_state in zip(own, state["layers"], strict=True):
-        restore_layer(layer, layer_state)
     notes = list(state["unknown"])
+    for layer, layer_state in zip(own, state["layers"], strict=True):
+        notes += restore_layer(layer, layer_state)
     if state["simulator"] is not None:
         if not isinstance(env.unwrapped, MujocoEnv):
             raise ValueError(f"{names[-1]} is no MujocoEnv, that of the checkpoint was; make the same environment")
@@ -158,22 +192,49 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
     return notes
 
 
-def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
+def restore_layer(layer: gym.Env[Any, Any], state: State) -> list[str]:
     """
     Put a wrapper or an environment where another one was.
 
     :param layer: the layer
     :param state: as :func:`capture_layer` returned it
+    :return: in words, what may differ all the same
     """
     if "own" in state:
         layer.set_checkpoint_state(state["own"])  # type: ignore[attr-defined]
-        return
-    for key, value in state["attributes"].items():
-        setattr(layer, key, value)
+        return []
+    attributes, shared = state["attributes"], state["shared"]
+    in_place = {path.split("[")[0] for pair in shared for path in pair}
+    for key, value in attributes.items():
+        setattr(layer, key, _put_back(getattr(layer, key, None), value) if key in in_place else value)
     for key, generators in state["spaces"].items():
         space = getattr(layer, key)
         if space is not None:
             set_space_generators(space, generators)
+    left = shared_leaves({key: getattr(layer, key) for key in attributes if key in in_place})
+    name = layer_name(layer)
+    return [
+        f"{name}.{one} and {name}.{other} are no longer the same memory" for one, other in shared if [one, other] not in left
+    ]
+
+
+def _put_back(current: Any, value: Any) -> Any:
+    """``current`` with the contents of ``value``, as others may hold it too; ``value`` where they are of different kinds."""
+    if isinstance(value, np.ndarray) and _same_shape(value, current) and current.flags.writeable:
+        current[...] = value
+        return current
+    if isinstance(value, np.random.Generator) and type(current) is type(value):
+        current.bit_generator.state = value.bit_generator.state
+        return current
+    if isinstance(value, dict) and isinstance(current, dict):
+        contents = {key: _put_back(current.get(key), item) for key, item in value.items()}
+        current.clear()
+        current.update(contents)
+        return current
+    if isinstance(value, list) and isinstance(current, list) and len(value) == len(current):
+        current[:] = [_put_back(*pair) for pair in zip(current, value, strict=True)]
+        return current
+    return value
 
 
 def capture_simulator(env: MujocoEnv) -> State:

@@ -79,7 +79,7 @@ def measure_predictions(
         changes.append(np.array(returns) - nominal)
         progress(1)
     if not moments:
-        return [Prediction(float("nan"), float("nan"), 0) for _ in recording.jacobians]
+        return [Prediction(float("nan"), float("nan"), 0, 0) for _ in recording.jacobians]
     return [
         prediction(
             np.stack([reward_gradient(jacobians, moment.step, horizon) for moment in moments]),

@@ -95,6 +95,11 @@ def verdict(found: Inspection) -> str:
     :return: text
     """
     best = found.predictions[found.best]
+    if best.n_moments == 0:
+        return (
+            f"No recorded moment was followed by {found.horizon} steps of its episode, so that nothing could be compared. "
+            "Play more steps, look at a shorter horizon, or let a trained model act, whose episodes last longer."
+        )
     if best.n_windows == 0:
         return (
             f"Other actions change no reward within {found.horizon} steps, so there is nothing that a derivative could say: "

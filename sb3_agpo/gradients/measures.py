@@ -123,6 +123,7 @@ class Prediction(NamedTuple):
     explained: float  # median over windows of 1 - error^2 / change^2; 1 perfect, 0 no better than "nothing changes"
     direction: float  # share of the changes, weighted by their size, whose sign is predicted; 0.5 is guessing
     n_windows: int  # number of windows in which anything changes
+    n_moments: int  # number of windows
 
 
 def prediction(gradients: Array, deviations: Array, changes: Array) -> Prediction:
@@ -136,10 +137,11 @@ def prediction(gradients: Array, deviations: Array, changes: Array) -> Predictio
     """
     usable = np.abs(changes).max(axis=1, initial=0.0) > 1e-12
     if not usable.any():
-        return Prediction(float("nan"), float("nan"), 0)
+        return Prediction(float("nan"), float("nan"), 0, len(changes))
     predicted = np.einsum("nku,nu->nk", deviations[usable], gradients[usable])
     changes = changes[usable]
     explained = 1.0 - np.square(changes - predicted).sum(axis=1) / np.square(changes).sum(axis=1)
     size = np.abs(changes)
     agree = np.where(predicted == 0.0, 0.5, np.sign(predicted) == np.sign(changes))  # no answer is a guess
-    return Prediction(float(np.median(explained)), float((size * agree).sum() / size.sum()), int(usable.sum()))
+    direction = float((size * agree).sum() / size.sum())
+    return Prediction(float(np.median(explained)), direction, int(usable.sum()), len(usable))

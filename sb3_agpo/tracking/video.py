@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -17,9 +18,11 @@ from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.rollout_buffer import DifferentiableRolloutBuffer, Transition
 from sb3_agpo.agpo.updates import window_update
 from sb3_agpo.dynamics.recorder import TransitionRecorder, install_recorder
+from sb3_agpo.tracking.normalization import held_normalization
 
 MAX_FRAMES = 200  # of a video; a longer episode is cut
 DEFAULT_SPEED = 30  # frames per second of an environment that does not say
+SHORTEST_PICTURE = 20  # milliseconds that a picture of an animation is shown at least
 BAR = 0.06  # height of the drawn gate, as a share of the picture's
 SIMULATOR_COLOR, CRITIC_COLOR, TEXT_COLOR = (213, 94, 0), (0, 114, 178), (255, 255, 255)  # Okabe and Ito
 
@@ -34,15 +37,18 @@ class Animation(NamedTuple):
 
 def encode_animation(frames: list[NDArray[np.uint8]], frames_per_second: float) -> Animation:
     """
-    Encode a video.
+    Encode a video. Of more than 50 pictures per second some are left out.
 
     :param frames: pictures of shape ``(height, width, 3)``, at least one
     :param frames_per_second: speed of playing
     :return: the video
     """
-    first, *others = (PillowImage.fromarray(frame) for frame in frames)
+    # GIF counts in hundredths of a second, and browsers show a picture of less than two of them much longer
+    every = math.ceil(SHORTEST_PICTURE * frames_per_second / 1000.0)
+    duration = round(every * 100.0 / frames_per_second) * 10  # milliseconds
+    first, *others = (PillowImage.fromarray(frame) for frame in frames[::every])
     buffer = BytesIO()
-    first.save(buffer, "GIF", save_all=True, append_images=others, duration=1000.0 / frames_per_second, loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=duration, loop=0)
     return Animation(buffer.getvalue(), first.height, first.width)
 
 
@@ -52,7 +58,7 @@ def record_episode(
     """
     Play one episode with the deterministic policy.
 
-    :param model: the model; observations are normalised as in its training environment
+    :param model: the model; observations are normalised as in its training environment, unless ``env`` does that itself
     :param env: environment with ``render_mode="rgb_array"``
     :param max_frames: pictures at which a longer episode is cut
     :return: pictures of shape ``(height, width, 3)``, how many of them make a second
@@ -61,18 +67,19 @@ def record_episode(
     venv = env if isinstance(env, VecEnv) else DummyVecEnv([lambda: env])
     if venv.render_mode != "rgb_array":
         raise ValueError(f'videos need an environment with `render_mode="rgb_array"`, got {venv.render_mode!r}')
-    normalization = model.get_vec_normalize_env()
     frames: list[NDArray[np.uint8]] = []
-    observations, done = venv.reset(), False
-    while not done and len(frames) < max_frames:
-        frame = venv.render()
-        assert frame is not None
-        frames.append(frame)
-        if normalization is not None:
-            observations = normalization.normalize_obs(observations)  # type: ignore[arg-type,assignment]
-        actions, _ = model.predict(observations, deterministic=True)  # type: ignore[arg-type]
-        observations, _, dones, _ = venv.step(actions)
-        done = bool(dones[0])
+    with held_normalization(venv) as own:
+        normalization = model.get_vec_normalize_env() if own is None else None
+        observations, done = venv.reset(), False
+        while not done and len(frames) < max_frames:
+            frame = venv.render()
+            assert frame is not None
+            frames.append(frame)
+            if normalization is not None:
+                observations = normalization.normalize_obs(observations)  # type: ignore[arg-type,assignment]
+            actions, _ = model.predict(observations, deterministic=True)  # type: ignore[arg-type]
+            observations, _, dones, _ = venv.step(actions)
+            done = bool(dones[0])
     return frames, float(venv.metadata.get("render_fps", DEFAULT_SPEED))  # type: ignore[arg-type]
 
 

@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_agpo.agpo.adaptive_gradient import GateFunction
 from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.agpo.gates import Gate
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
@@ -46,6 +47,10 @@ FIGURES: dict[str, Callable[..., None]] = {
     "figures/learning_curve": learning_curve,
     "figures/gradient_statistics": gradient_statistics,
 }
+
+
+#: runs that a callback has started and not finished yet, by id
+_UNFINISHED: dict[str, AGPOWandbCallback] = {}
 
 
 class WandbOutputFormat(KVWriter):
@@ -174,7 +179,7 @@ class GateRecorder:
         """
         taken = {step: th.cat(list(weights)) for step, weights in sorted(self._weights.items())}
         self._weights.clear()
-        return taken
+        return {step: weights[weights.isfinite()] for step, weights in taken.items() if weights.isfinite().any()}
 
     def close(self) -> None:
         """Give the model its class back."""
@@ -188,7 +193,9 @@ def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
     :param model: the model
     :return: constructor argument -> number, text, or a description of anything else
     """
-    names = set(inspect.signature(type(model).__init__).parameters) & set(vars(model))
+    kind = type(model)
+    known = constructor_arguments(kind) if issubclass(kind, AGPO) else inspect.signature(kind.__init__).parameters
+    names = set(known) & set(vars(model))
     settings = {name: _plain(getattr(model, name)) for name in sorted(names - {"policy", "env", "_init_setup_model"})}
     described = {"algo": type(model).__name__, "policy": type(model.policy).__name__, "n_envs": model.n_envs}
     if isinstance(model, AGPO):
@@ -261,10 +268,14 @@ class AGPOWandbCallback(BaseCallback):
         self._torch_generator: th.Tensor | None = None
         self._run: Run | None = None
         self._finish_run = False
+        self._gate: GateRecorder | None = None
+        self._own_outputs: list[KVWriter] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     # ------------------------------------------------------------------ start and end
 
     def _on_training_start(self) -> None:
+        self._stop_watching()  # where an error or Ctrl-C ended the last call of `learn`, nobody else has done so
         self._run = self._start_run()
         self.run_id = self._run.id
         self._run.define_metric(STEP)
@@ -272,15 +283,15 @@ class AGPOWandbCallback(BaseCallback):
         self._run.config.setdefaults(settings_of(self.model))
         outputs = self.logger.output_formats
         self._tensorboard = [output for output in outputs if isinstance(output, TensorBoardOutputFormat)]
-        synchronized = bool(self._run.settings.sync_tensorboard and self._tensorboard)
+        # In a run of our own wandb has come too late to see SB3 open its TensorBoard file
+        synchronized = bool(self._run.settings.sync_tensorboard and self._tensorboard and not self._finish_run)
         self._wandb = None if synchronized else WandbOutputFormat(self._run)
         self._folder = tempfile.TemporaryDirectory()
         self._progress = Path(self._folder.name) / "progress.csv"
-        self._own_outputs: list[KVWriter] = [ProgressFile(str(self._progress))]
+        self._own_outputs = [ProgressFile(str(self._progress))]
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
-        self._gate: GateRecorder | None = None
         if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
             self._gate = GateRecorder(self.model)
         self._last = {act: self.num_timesteps for _, act in self._schedule}
@@ -292,18 +303,42 @@ class AGPOWandbCallback(BaseCallback):
         :return: the run
         :raises ValueError: if the active run is another one than the user asked for
         """
-        if wandb.run is None:
+        active = wandb.run
+        self._finish_run = active is None
+        # Where an error or Ctrl-C ended a call of `learn`, the run that its callback had started is still open
+        abandoned = None if active is None else _UNFINISHED.pop(active.id, None)
+        if active is not None and abandoned is not None:
+            abandoned._stop_watching()
             self._finish_run = True
+            if self.run_id != active.id:
+                active.finish()
+                active = None
+        if active is None:
             # "allow": a new run if there is none of this id
             resume = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
-            return wandb.init(**{"project": DEFAULT_PROJECT, **self.run_arguments, **resume})
-        if self.run_id not in (None, wandb.run.id):
+            active = wandb.init(**{"project": DEFAULT_PROJECT, **self.run_arguments, **resume})
+        if self._finish_run:
+            _UNFINISHED[active.id] = self
+        elif self.run_id not in (None, active.id):
             raise ValueError(
-                f"the run {wandb.run.id!r} is active, but `run_id` is {self.run_id!r}; call `wandb.finish()` first, or "
+                f"the run {active.id!r} is active, but `run_id` is {self.run_id!r}; call `wandb.finish()` first, or "
                 "leave `run_id` out"
             )
-        self._finish_run = False
-        return wandb.run
+        return active
+
+    def _stop_watching(self) -> None:
+        """Give the model its class back and the logger its outputs."""
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+        for output in self._own_outputs:
+            if output in self.logger.output_formats:
+                self.logger.output_formats.remove(output)
+            output.close()
+        self._own_outputs = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _on_rollout_start(self) -> None:
         # The only moment of training at which nothing is half done: a checkpoint can be resumed from it
@@ -323,13 +358,9 @@ class AGPOWandbCallback(BaseCallback):
         for _, act in self._schedule:
             if self._last[act] < self.num_timesteps:
                 act()
-        if self._gate is not None:
-            self._gate.close()
-        for output in self._own_outputs:
-            self.logger.output_formats.remove(output)
-            output.close()
-        self._folder.cleanup()
+        self._stop_watching()
         if self._finish_run:
+            _UNFINISHED.pop(self._run.id, None)
             self._run.finish()
         self._run = None
 
@@ -354,6 +385,7 @@ class AGPOWandbCallback(BaseCallback):
 
     def _log_figures(self) -> None:
         """Figures of the run so far, where there is something to draw."""
+        assert self._folder is not None
         path = Path(self._folder.name) / "figure.png"
         pictures = {}
         for name, draw in FIGURES.items():

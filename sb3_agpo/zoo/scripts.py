@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sb3_agpo.zoo.registration import register
+from sb3_agpo.zoo.registration import ALGORITHM_NAME, register
 
 PROGRAM = "python -m sb3_agpo.zoo"
 EXIT_USAGE = 2  # what argparse exits with
@@ -34,6 +34,8 @@ MODULES = {
     "record_training": "rl_zoo3.record_training",
     "benchmark": "rl_zoo3.benchmark",
 }
+#: scripts that show what was trained, and the folder that training writes to
+SHOWING, TRAINED = ("enjoy", "record_video", "record_training"), "logs"
 #: the search with its trials on Ray, which is not the zoo's
 RAY_SEARCH = "optimize_on_ray"
 USAGE = f"""usage: {PROGRAM} SCRIPT [ARGUMENTS]
@@ -79,8 +81,7 @@ def run(script: str, arguments: Sequence[str]) -> None:
     :param arguments: its arguments
     """
     register()
-    if script == "optimize":
-        arguments = ["-optimize", *arguments]
+    arguments = with_defaults(script, arguments)
     with ExitStack() as stack:
         stack.enter_context(command_line([f"{PROGRAM} {script}", *arguments]))
         if script in FUNCTIONS:
@@ -91,6 +92,24 @@ def run(script: str, arguments: Sequence[str]) -> None:
         if script == "record_training":
             stack.enter_context(_ffmpeg_on_path())
         runpy.run_module(MODULES[script], run_name="__main__")
+
+
+def with_defaults(script: str, arguments: Sequence[str]) -> list[str]:
+    """
+    Complete the arguments of a script.
+
+    :param script: its name
+    :param arguments: those given
+    :return: those and, for a script that shows what was trained, the folder that training writes to: the zoo would look
+        for agents of its own, of which there are none of AGPO's
+    """
+    options = {argument.partition("=")[0] for argument in arguments}
+    is_ours = ALGORITHM_NAME in arguments or f"--algo={ALGORITHM_NAME}" in arguments
+    if script == "optimize":
+        return ["-optimize", *arguments]
+    if script in SHOWING and is_ours and not options & {"-f", "--folder"}:
+        return [*arguments, "-f", TRAINED]
+    return list(arguments)
 
 
 @contextmanager
