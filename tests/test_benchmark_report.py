@@ -122,8 +122,10 @@ def test_scores_by_hand(two_tasks: Path) -> None:
     assert [scores.tolist() for scores in results.scores("agpo-adaptive")] == [[1, 4], [2, 3]]
     # Of 1, 2, 3, 4 the middle half.
     assert interquartile_mean(np.concatenate(results.scores("agpo-adaptive"))) == 2.5
-    # Resampled means of [1, 4] and [2, 3]: all four at the extremes give 1, 1, 2, 2 and 4, 4, 3, 3.
-    assert bootstrap_interval(results.scores("agpo-adaptive"), interquartile_mean) == (1.5, 3.5)
+    # Resamples of [1, 4] and [2, 3], all four at the extremes: 1, 1, 2, 2 and 4, 4, 3, 3, as far again from 2.5 by sqrt(2),
+    # since two runs scatter less around their own mean than around the true one.
+    expected = 2.5 - np.sqrt(2), 2.5 + np.sqrt(2)
+    assert bootstrap_interval(results.scores("agpo-adaptive"), interquartile_mean) == pytest.approx(expected)
 
 
 def test_time_to_threshold_by_hand(two_tasks: Path) -> None:
@@ -156,8 +158,8 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
     output = tmp_path / "report"
     assert main(["report", "--input", str(two_tasks), "--output", str(output)]) == 0
     text = (output / "report.md").read_text()
-    assert "| HalfCheetah-v5, 10k steps | 200 [100, 300] (2) | **650 [200, 1100] (2)** | -100 |" in text
-    assert "| IQM of scores | 1.00 [0.78, 1.22] | 2.50 [1.50, 3.50] | 0 |" in text
+    assert "| HalfCheetah-v5, 10k steps | 200 [58.6, 341] (2) | **650 [13.6, 1286] (2)** | -100 |" in text
+    assert "| IQM of scores | 1.00 [0.69, 1.31] | 2.50 [1.09, 3.91] | 0 |" in text
     assert "| tasks, runs in the IQM | 2/2, 4 | 2/2, 4 | – |" in text
     assert "In the CSV file, SAC is `sac`, AGPO, matching is `agpo-adaptive`." in text
     assert "| Hopper-v5 | 15,000 (1.00x) | 10,000 (0.67x) |" in text
@@ -183,7 +185,7 @@ def test_ablation(two_tasks: Path, tmp_path: Path) -> None:
     main_part, ablation = (tmp_path / "report.md").read_text().split("## Ablation")
     assert "critic only" not in main_part
     assert "| Task | AGPO, matching | AGPO, critic only | Random |" in ablation
-    assert "| Hopper-v5, 15k steps | **250 [200, 300] (2)** | 50.0 (1) | 0.00 |" in ablation
+    assert "| Hopper-v5, 15k steps | **250 [179, 321] (2)** | 50.0 (1) | 0.00 |" in ablation
     assert "`agpo-q-nomatch` has no finished runs on HalfCheetah-v5." in ablation
     assert "`agpo-q-nomatch`: its IQM is over fewer tasks than others'" in ablation
 

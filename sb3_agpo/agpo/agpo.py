@@ -662,7 +662,7 @@ class AGPO(OffPolicyAlgorithm):
         self._update_average_policy()
         with th.no_grad():  # fresh noise: that of recorded actions was seen by the policy that it made better
             _, log_prob = sample_actions(self.actor, windows.observations[windows.mask > 0])
-        self._update_temperature(log_prob, self.rollout_size / self.rollout_epochs)
+        self._update_temperature(log_prob, float(windows.mask.sum()) / self.rollout_epochs)
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:
         if self.gradient_mode == "adaptive":

@@ -152,7 +152,9 @@ def differentiate(
     buffer = DifferentiableRolloutBuffer(horizon * n_states, horizon, n_states)
     for transition, record in zip(transitions, records, strict=True):
         buffer.add(transition)
-        buffer.add_derivatives(recorder.differentiate_records(record))
+        derivatives = recorder.differentiate_records(record)
+        # As AGPO has it: the critic alone knows what an end of the episode means
+        buffer.add_derivatives(derivatives._replace(valid=derivatives.valid & ~buffer.pending_terminated()))
     rows = recorder.provider_report.rows_per_transition
     return DifferentiatedWindows(buffer.windows(), time.perf_counter() - start, n_states * (1 + rows))
 

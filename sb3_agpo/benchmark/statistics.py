@@ -45,7 +45,10 @@ def bootstrap_interval(
     """
     95 % percentile interval of a statistic of all runs, by resampling the runs of each task separately.
 
-    Resampling within tasks keeps the mixture of tasks as it was designed: only the seeds are random.
+    Resampling within tasks keeps the mixture of tasks as it was designed: only the seeds are random. Resampled runs scatter
+    less than new ones would, by the factor (n - 1) / n of their variance, which is put back. With two or three seeds the
+    interval of a single task is too narrow all the same: of normal numbers it holds the mean 61 and 85 times out of 100; that
+    of the interquartile mean of eight tasks 89 and 92 times.
 
     :param strata: runs of each task, each of shape ``(n_runs, ...)`` with the same trailing shape
     :param statistic: of an array and the axis that holds the runs
@@ -58,14 +61,18 @@ def bootstrap_interval(
     if not arrays:
         raise ValueError("there are no runs to resample; give at least one stratum with at least one run")
     generator = np.random.default_rng(seed)
-    indices, offset = [], 0
-    for array in arrays:
-        indices.append(offset + generator.integers(len(array), size=(resamples, len(array))))
-        offset += len(array)
-    resampled = np.concatenate(arrays)[np.concatenate(indices, axis=1)]
+    resampled = np.concatenate([_resample(array, resamples, generator) for array in arrays], axis=1)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic(resampled, 1), [tail, 1 - tail], axis=0)
     return low, high
+
+
+def _resample(runs: Array, resamples: int, generator: np.random.Generator) -> Array:
+    """Resamples of runs ``(n_runs, ...)``, shape ``(resamples, n_runs, ...)``, that scatter as new runs would."""
+    n_runs = len(runs)
+    drawn: Array = runs[generator.integers(n_runs, size=(resamples, n_runs))]
+    center = runs.mean(axis=0)
+    return center + (drawn - center) * np.sqrt(n_runs / max(n_runs - 1, 1))
 
 
 def performance_profile(scores: ArrayLike, thresholds: Array) -> Array:
