@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.reliability import BEGIN, END, SECTIONS, held, markdown, update_page
+from sb3_agpo.benchmark.records import update_page
+from sb3_agpo.benchmark.reliability import SECTIONS, held, markdown
 from sb3_agpo.benchmark.reliability_cycles import KINDS, ORDER, Holdings, cycle
 from sb3_agpo.benchmark.reliability_soak import memory_summary
 
@@ -41,6 +42,8 @@ KILLS = {
 }
 SUITE = {"tried": 160, "wrong": 0}
 
+BEGIN, END = "<!-- reliability: begin -->", "<!-- reliability: end -->"
+
 
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
@@ -73,14 +76,14 @@ def test_table_has_sections_in_order() -> None:
 
 def test_page_is_written_between_its_markers(tmp_path: Path) -> None:
     page, results = tmp_path / "page.md", {"kills": {**STAMP, **KILLS}}
-    update_page(page, results)  # there is none
+    update_page(page, "reliability", markdown(results))  # there is none
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
-        update_page(page, results)
+        update_page(page, "reliability", markdown(results))
         assert page.read_text() == f"before\n{BEGIN}\n{markdown(results)}\n{END}\nafter\n"
     page.write_text("no markers")
     with pytest.raises(ValueError, match=r"page.md has no lines <!-- reliability: begin --> .*add them"):
-        update_page(page, results)
+        update_page(page, "reliability", markdown(results))
 
 
 def test_memory_summary_by_hand() -> None:

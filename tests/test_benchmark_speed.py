@@ -22,10 +22,12 @@ from sb3_agpo.benchmark.speed_derivatives import chain_transition_fd, opened, si
 from sb3_agpo.benchmark.speed_learning import MEMORY_LIMIT, QUICK_GROWTH_STEPS, measure_growth, project_memory, replay_bytes
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS, Goal, section_of
 from sb3_agpo.benchmark.speed_profile import PARTS, Stopwatches, watch_model
-from sb3_agpo.benchmark.speed_records import BEGIN, COLUMNS, END, markdown, number, read, write
+from sb3_agpo.benchmark.speed_records import COLUMNS, markdown, number, read, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians, compare, timed, torch_threads
 from sb3_agpo.benchmark.speed_updates import BATCH_SIZE, SACStopwatch, make_learners
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
+
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 
 def speed(*arguments: str, output: str = "speed.csv") -> int:

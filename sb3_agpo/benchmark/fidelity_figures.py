@@ -13,8 +13,9 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from sb3_agpo.benchmark.fidelity_metrics import ReferenceQuality
 from sb3_agpo.benchmark.fidelity_windows import ANALYTIC, CRITIC
-from sb3_agpo.benchmark.figures import FONT, RESOLUTION, WIDTH
+from sb3_agpo.benchmark.figures import WIDTH
 from sb3_agpo.benchmark.records import Row
+from sb3_agpo.tracking.figures import FONT, RESOLUTION
 
 # The palette of Okabe and Ito; markers differ as well.
 STYLES = {

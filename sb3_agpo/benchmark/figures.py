@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sb3_agpo.benchmark.results import Results
 from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean, mean, performance_profile
+from sb3_agpo.tracking.figures import FONT, RESOLUTION, thousands
 
 Array = NDArray[np.float64]
 LineStyle = Literal["-", "--", ":", "-."]
@@ -56,14 +57,6 @@ SPARE_LINES: tuple[LineStyle, ...] = ("-", "--", ":", "-.")
 
 TIME_LABELS = {"seconds": "seconds of learning", "cpu_seconds": "processor seconds of learning"}
 WIDTH = 10.0  # inches; at 150 dots per inch, text of 11 points is legible where READMEs are shown at half that width
-RESOLUTION = 150
-FONT: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
 
 
 def style_of(algorithm: str, algorithms: Sequence[str]) -> Style:
@@ -79,16 +72,6 @@ def style_of(algorithm: str, algorithms: Sequence[str]) -> Style:
     index = [name for name in algorithms if name not in STYLES].index(algorithm)
     line = SPARE_LINES[index // len(SPARE_COLORS) % len(SPARE_LINES)]
     return Style(algorithm, SPARE_COLORS[index % len(SPARE_COLORS)], line, "dhp*"[index % 4])
-
-
-def _short(value: float, _position: int | None = None) -> str:
-    """
-    Write a number on an axis.
-
-    :param value: the number
-    :return: with k for thousands
-    """
-    return f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}"
 
 
 def _draw(axes: Axes, x: Array, center: Array, band: tuple[Array, Array] | None, style: Style) -> None:
@@ -194,7 +177,7 @@ def _finish_task(axes: Axes, task: str, time: str | None) -> None:
     """
     axes.set_title(task.removesuffix("-v5"), fontsize="medium")  # the longest name fits
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(_short))
+    axes.yaxis.set_major_formatter(FuncFormatter(thousands))
     axes.grid(alpha=0.25)
     if time is None:
         axes.set_xlim(left=0)
@@ -202,7 +185,7 @@ def _finish_task(axes: Axes, task: str, time: str | None) -> None:
     else:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
 
 
 def learning_curves(results: Results, algorithms: Sequence[str], path: Path, time: str | None = None) -> None:

@@ -189,6 +189,24 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def update_page(page: Path, name: str, text: str) -> None:
+    """
+    Write a text between the lines ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page.
+
+    :param page: left alone if it does not exist
+    :param name: of the markers
+    :param text: Markdown
+    :raises ValueError: if the page has no markers
+    """
+    if not page.exists():
+        return
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    old = page.read_text()
+    if begin not in old or end not in old:
+        raise ValueError(f"--page: {page} has no lines {begin} and {end} to write between; add them")
+    replace_file(page, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text.rstrip()}\n{end}", old, flags=re.DOTALL))
+
+
 def partial_folder(output: Path) -> Path:
     """
     Where everything that is not worth keeping lies: rows of unfinished runs, and a lock.

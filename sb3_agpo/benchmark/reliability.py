@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,6 @@ Notify = Callable[[int], None]
 
 OUTPUT = Path("docs/benchmarks/reliability.json")
 PAGE = Path("docs/reliability.md")
-BEGIN, END = "<!-- reliability: begin -->", "<!-- reliability: end -->"
 #: tests, one per case, that the sections of the same name run and count
 SUITES = {"wrong_calls": "test_wrong_calls.py", "faults": "test_faults.py"}
 SECTIONS = ("wrong_calls", "faults", "kills", "cycles", *SOAKS)
@@ -82,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
             results[name] = _measure(name, options)
             output.parent.mkdir(parents=True, exist_ok=True)
             records.replace_file(output, json.dumps(results, indent=1) + "\n")
-            update_page(page, results)
+            records.update_page(page, "reliability", markdown(results))
     print(markdown(results))
     return 0 if all(held(name, results[name]) for name in options.sections) else 1
 
@@ -213,20 +211,3 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(_tell(name, results[name]))} | {'yes' if held(name, results[name]) else '**no**'} |")
     circumstances = sorted({f"{results[name]['date']}, commit {results[name]['commit']}" for name in names})
     return "\n".join([*lines, "", f"Measured: {'; '.join(circumstances)}."])
-
-
-def update_page(page: Path, results: Mapping[str, Any]) -> None:
-    """
-    Write the table between the page's markers anew.
-
-    :param page: left alone if it does not exist
-    :param results: section -> figures
-    :raises ValueError: if the page has no markers
-    """
-    if not page.exists():
-        return
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"--page: {page} has no lines {BEGIN} and {END} to write between; add them")
-    block = f"{BEGIN}\n{markdown(results)}\n{END}"
-    records.replace_file(page, re.sub(f"{BEGIN}.*{END}", lambda _: block, text, flags=re.DOTALL))

@@ -277,8 +277,8 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "Returns are undiscounted means of deterministic episodes in an environment of their own with the same initial states "
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
         "within tasks; with two or three seeds, those of single tasks are too narrow. A normalised score is 0 at the random "
-        f"policy's return and 1 at {baseline}'s mean final return; IQM is the interquartile mean over runs and tasks. Times are "
-        "those of learning alone, evaluations left out.\n\n",
+        f"policy's return and 1 at {baseline}'s mean final return; IQM is the interquartile mean over runs and tasks. Times "
+        "are those of learning alone, evaluations left out.\n\n",
         names_in_file(results, algorithms),
         "## Final return\n\nAfter the steps named: mean, interval and, in parentheses, number of seeds.\n\n",
         final_table(results, algorithms),

@@ -6,14 +6,13 @@ import argparse
 import datetime
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS
-from sb3_agpo.benchmark.speed_records import markdown, read, update_page, write
+from sb3_agpo.benchmark.speed_records import markdown, read, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, torch_threads
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 
@@ -95,38 +94,40 @@ def main(options: argparse.Namespace) -> int:
     _check(options)
     cases, output = plan(options), (options.output or OUTPUT).absolute()
     page = options.page or (None if options.output else PAGE)
-    results = read(output)
+    results, notes = read(output), output.with_suffix(".json")
     missing = [case for case in cases if options.redo or case not in results]
     least, seconds = (2, 0.0) if options.quick else (5, options.seconds)
     effort = Effort(seconds, least, always_wall=options.clock == "wall", quick=options.quick)
     with torch_threads(1):
         for case in tqdm(missing, desc="speed", unit="row"):
             results[case] = MEASURES[case.measure].measure(case, effort)
+            remember(notes, case, options.clock)
             write(output, results)
-    texts = remember(output.with_suffix(".json"), missing, options.clock)
-    text = markdown(results, texts)
+    texts = sorted(set(_read_notes(notes).values()))
     if page is not None:
-        update_page(page.absolute(), text)
+        records.update_page(page.absolute(), "speed", markdown(results, texts))
     print(markdown({case: results[case] for case in cases}, texts))
     return 0
 
 
-def remember(path: Path, measured: Sequence[Case], clock: str) -> list[str]:
+def remember(path: Path, case: Case, clock: str) -> None:
     """
-    Note when, where and with what rows were measured, which the CSV file has no room for.
+    Note when, where and with what a row was measured, which the CSV file has no room for.
 
     :param path: JSON file beside the CSV file
-    :param measured: rows measured now
+    :param case: the row
     :param clock: the option
-    :return: circumstances of all rows, without repetitions
     """
-    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     machine = f"{records.machine()} (load {load:.1f})"
     text = f"{date}, commit {records.git_commit()}, {machine}, clock {clock}, {versions}"
-    known.update({" ".join(map(str, case)): text for case in measured})
-    if measured:
-        records.replace_file(path, json.dumps(known, indent=1) + "\n")
-    return sorted(set(known.values()))
+    known = _read_notes(path) | {" ".join(map(str, case)): text}
+    records.replace_file(path, json.dumps(known, indent=1) + "\n")
+
+
+def _read_notes(path: Path) -> dict[str, str]:
+    """Circumstances of all rows, by the row; none if there is no file yet."""
+    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return known

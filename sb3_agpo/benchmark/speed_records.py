@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +14,6 @@ from sb3_agpo.benchmark.speed_measures import MEASURES, section_of
 from sb3_agpo.benchmark.speed_timing import Case, Medians
 
 COLUMNS = ("measure", "task", "n_envs", "threads", "ours", "reference", "ratio")
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 
 Results = dict[Case, Medians]
 
@@ -101,19 +99,3 @@ def _cells(case: Case, medians: Medians) -> tuple[str, ...]:
     reached = "" if goal is None else "yes" if goal.is_reached(value) else "**no**"
     numbers = (number(medians.ours), number(medians.reference), f"{value:.2f}")
     return words, case.task, str(case.n_envs), str(case.threads), *numbers, str(goal or ""), reached
-
-
-def update_page(page: Path, text: str) -> None:
-    """
-    Write a text between the page's markers.
-
-    :param page: left alone if it does not exist
-    :param text: Markdown
-    :raises ValueError: if the page has no markers
-    """
-    if not page.exists():
-        return
-    old = page.read_text()
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"--page: {page} has no lines {BEGIN} and {END} to write between; add them")
-    records.replace_file(page, re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}{END}", old, flags=re.DOTALL))

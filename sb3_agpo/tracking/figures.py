@@ -91,7 +91,7 @@ def _rows(progress: Mapping[str, Array], *columns: str) -> list[Array]:
     return [progress[column][known] for column in columns]
 
 
-def _thousands(value: float, _position: int | None = None) -> str:
+def thousands(value: float, _position: int | None = None) -> str:
     """
     Write a number on an axis.
 
@@ -114,7 +114,7 @@ def _finish(axes: Axes, label: str) -> None:
     if np.isfinite(right) and right > 0:
         axes.set_xlim(-0.015 * right, 1.015 * right)  # all panels from zero on, with room for markers at either end
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(FuncFormatter(thousands))
     axes.grid(alpha=0.25)
 
 
@@ -156,7 +156,7 @@ def learning_curve(progress: Path, path: Path, *, random_return: float | None = 
             _draw_returns(axes, numbers, column, random_return)
             _finish(axes, label)
         all_axes[0].set_ylabel("return")
-        all_axes[0].yaxis.set_major_formatter(FuncFormatter(_thousands))
+        all_axes[0].yaxis.set_major_formatter(FuncFormatter(thousands))
         if title:
             figure.suptitle(title, fontsize=12)
         handles, labels = all_axes[0].get_legend_handles_labels()
