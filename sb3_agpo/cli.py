@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-EXIT_USAGE = 2  # what argparse exits with
+from sb3_agpo.command_line import EXIT_USAGE
 
 
 class Command(NamedTuple):

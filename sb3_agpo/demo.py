@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.benchmark.run import Evaluator, show_warnings_once
+from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 
 DEFAULT_MINUTES = 4.0
 LOGS = 100  # rows of numbers that a run of the full budget logs
@@ -45,7 +46,6 @@ MAX_THREADS = 4  # networks of this size are too small to gain from more
 NO_LIMIT = 10**12  # steps
 BUFFER_SIZE = 1_000_000  # AGPO's default
 
-EXIT_WRONG_OPTIONS = 2
 EXIT_INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 
 
@@ -220,10 +220,7 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.minutes is not None and not (math.isfinite(options.minutes) and options.minutes > 0):
         raise ValueError(f"--minutes is {options.minutes:g}; give a number above 0")
-    for name in ("steps", "n_envs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a number of 1 or more")
+    check_at_least(1, options, "steps", "n_envs")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"--seed is {options.seed}; give a number from 0 to {2**32 - 1}")
     _check_device(options.device)
@@ -453,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, ImportError) as error:
             # Wrong options are the user's to correct: the message says how, a traceback would only hide it
             print(f"error: {error}", file=sys.stderr)
-            return EXIT_WRONG_OPTIONS
+            return EXIT_USAGE
         return run(options, *prepared)
     except KeyboardInterrupt:
         print("Ctrl-C: quit", file=sys.stderr)

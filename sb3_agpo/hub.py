@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 from sb3_agpo.tracking.normalization import held_normalization
 
 try:
@@ -37,7 +38,6 @@ except ImportError as error:
 
 ALGORITHM = "agpo"
 EPISODES = 10
-EXIT_WRONG_OPTIONS = 2
 NORMALIZATION = "vec_normalize.pkl"
 TAGS = ["deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3", "sb3-agpo"]
 #: settings that are shown on the card, as they were given to AGPO
@@ -277,14 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.output or Path("hub") / repository_name(options.env)
     try:
-        if options.episodes < 1:
-            raise ValueError(f"--episodes is {options.episodes}; give a number of 1 or more")
+        check_at_least(1, options, "episodes")
         model = load_for_card(options.model, options.env, options.normalization)
         evaluation = write_hub_folder(model, options.env, folder, episodes=options.episodes)
     except ValueError as error:
         # Wrong options are the user's to correct: the message says how, a traceback would only hide it
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_OPTIONS
+        return EXIT_USAGE
     print(f"return {evaluation.mean:.2f} +/- {evaluation.deviation:.2f} over {evaluation.episodes} episodes\n{folder}/")
     for path in sorted(folder.iterdir()):
         print(f"  {path.name}")

@@ -193,7 +193,7 @@ def test_without_derivatives(tmp_path: Path) -> None:
 )
 def test_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong options are told clearly, before anything is written."""
-    assert demo.main(["--output", "demo", *arguments]) == demo.EXIT_WRONG_OPTIONS
+    assert demo.main(["--output", "demo", *arguments]) == demo.EXIT_USAGE
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not list(tmp_path.iterdir())
@@ -215,7 +215,7 @@ def test_refuses_task(
     name = f"RefusedTask{len(size)}-v0"
     gym.register(name, entry_point=lambda **_: Task(), max_episode_steps=limit)
     try:
-        assert demo.main(["--env", name, "--output", "demo"]) == demo.EXIT_WRONG_OPTIONS
+        assert demo.main(["--env", name, "--output", "demo"]) == demo.EXIT_USAGE
     finally:
         del gym.registry[name]
     assert message in capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_refuses_task(
 def test_refuses_impossible_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """So is a folder that cannot be made."""
     (tmp_path / "file").write_text("")
-    assert demo.main(["--env", TASK, "--output", "file/demo", "--steps", "10"]) == demo.EXIT_WRONG_OPTIONS
+    assert demo.main(["--env", TASK, "--output", "file/demo", "--steps", "10"]) == demo.EXIT_USAGE
     assert "--output" in capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_missing_extra(
     """Without a library of the extra, the command that installs it is told before anything is written."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, "sb3_agpo.tracking.figures")
-    assert demo.main(["--env", TASK, "--steps", "10"]) == demo.EXIT_WRONG_OPTIONS
+    assert demo.main(["--env", TASK, "--steps", "10"]) == demo.EXIT_USAGE
     assert "pip install 'sb3-agpo[plot]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-EXIT_USAGE = 2  # what argparse exits with
+from sb3_agpo.command_line import EXIT_USAGE
+
 # Command -> what it does. The module of the same name in this package has ``add_arguments(parser)`` and
 # ``main(options) -> int``; it is imported only when its command is asked for, as each pulls in heavy libraries.
 COMMANDS = {

@@ -42,6 +42,7 @@ from sb3_agpo.benchmark.fidelity_windows import (
 from sb3_agpo.benchmark.records import Row
 from sb3_agpo.benchmark.reference_gradient import Perturbation, reference_gradient
 from sb3_agpo.benchmark.run import show_warnings_once
+from sb3_agpo.command_line import check_at_least
 from sb3_agpo.dynamics.tasks import find_task_model
 
 DEFAULT_OUTPUT = Path("docs/benchmarks/fidelity.csv")
@@ -102,9 +103,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
     :raises ValueError: with what to change
     """
     for name, least in SIZES.items():
-        if getattr(options, name) < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(options, name)}; give a number of {least} or more")
+        check_at_least(least, options, name)
     if options.rollouts % 2:
         raise ValueError(f"--rollouts is {options.rollouts}; rollouts come in pairs, give an even number")
     if not 0.0 < options.sigma <= 1.0:

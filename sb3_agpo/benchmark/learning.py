@@ -22,6 +22,7 @@ from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, find_algorithm, torch_module
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
+from sb3_agpo.command_line import check_at_least
 
 OTHER_BUDGET = 50_000
 DEFAULT_OUTPUT = Path("docs/benchmarks/learning.csv")
@@ -109,12 +110,8 @@ def _check(options: argparse.Namespace) -> None:
     :param options: of the command line
     :raises ValueError: with what to change
     """
-    for name in ("steps", "eval_every", "processes", "threads", "n_envs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a number of 1 or more")
-    if options.retries < 0:
-        raise ValueError(f"--retries is {options.retries}; give a number of 0 or more")
+    check_at_least(1, options, "steps", "eval_every", "processes", "threads", "n_envs")
+    check_at_least(0, options, "retries")
     if options.address and options.engine != "ray":
         raise ValueError(f"--address {options.address} is of a Ray cluster; add --engine ray")
     if options.label and len(options.algorithms) != 1:

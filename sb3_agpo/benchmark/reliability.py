@@ -21,6 +21,7 @@ from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.reliability_cycles import run_cycles
 from sb3_agpo.benchmark.reliability_kills import kill_again_and_again
 from sb3_agpo.benchmark.reliability_soak import SOAKS, run_soak
+from sb3_agpo.command_line import check_at_least
 
 #: told how much is done
 Notify = Callable[[int], None]
@@ -58,9 +59,9 @@ def _check(options: argparse.Namespace) -> None:
     """
     if unknown := sorted(set(options.sections) - set(SECTIONS)):
         raise ValueError(f"--sections: there is no '{unknown[0]}'; choose from {', '.join(SECTIONS)}")
-    for name, least in (("kills", 2), ("cycles", 1), ("pendulum_steps", 1000), ("hopper_steps", 1000)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a number of {least} or more")
+    check_at_least(2, options, "kills")
+    check_at_least(1, options, "cycles")
+    check_at_least(1000, options, "pendulum_steps", "hopper_steps")
     if options.output.suffix != ".json":
         raise ValueError(f"--output is {options.output}; give the name of a file that ends in .json")
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark.learning import parse_overrides
 from sb3_agpo.benchmark.run import show_warnings_once
+from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 from sb3_agpo.dynamics.recorder import ProviderReport
 from sb3_agpo.gradients.environment import Policy, make_environment, make_policy
 from sb3_agpo.gradients.inspection import Sizes, inspect_environment
 from sb3_agpo.gradients.report import print_inspection, print_without_derivatives
 
-EXIT_WRONG_OPTIONS = 2
 DEFAULT = Sizes()
 
 
@@ -65,10 +65,7 @@ def check(options: argparse.Namespace) -> None:
     :raises ValueError: with what to change
     :raises ImportError: without matplotlib, with how to install it
     """
-    for name in ("steps", "horizon", "moments"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give a number of 1 or more")
+    check_at_least(1, options, "steps", "horizon", "moments")
     if not 0.0 < options.noise <= 1.0:
         raise ValueError(f"--noise is {options.noise:g}; give a number above 0 and up to 1, such as 0.1")
     if options.horizon is not None and options.horizon > options.steps:
@@ -141,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         # Wrong options are the user's to correct: the message says how, a traceback would only hide it
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_OPTIONS
+        return EXIT_USAGE
     return run(options, env, policy)
 
 

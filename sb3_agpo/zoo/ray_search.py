@@ -24,11 +24,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from sb3_agpo.benchmark.ray_cluster import connected, ray
+from sb3_agpo.command_line import check_at_least
 from sb3_agpo.zoo.manager import AGPOExperimentManager
 from sb3_agpo.zoo.registration import register
 from sb3_agpo.zoo.scripts import PROGRAM, RAY_SEARCH, command_line
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED = 1
 WORKER = "worker"  # attribute of a trial: which of our tasks does it
 
 
@@ -278,11 +279,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = make_parser()
     options, others = parser.parse_known_args(arguments)
-    for name in ("n_trials", "processes", "num_threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a number of 1 or more")
-    if options.retries < 0:
-        parser.error(f"--retries is {options.retries}; give a number of 0 or more")
+    try:
+        check_at_least(1, options, "n_trials", "processes", "num_threads")
+        check_at_least(0, options, "retries")
+    except ValueError as error:
+        parser.error(str(error))
     search = RaySearch(options, others)
     missing = search.work()
     report(search.study)

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sb3_agpo.command_line import EXIT_USAGE
 from sb3_agpo.zoo.registration import ALGORITHM_NAME, register
 
 PROGRAM = "python -m sb3_agpo.zoo"
-EXIT_USAGE = 2  # what argparse exits with
 
 #: scripts that are functions: module and name
 FUNCTIONS = {
