@@ -1,5 +1,6 @@
 """Gates: range, limits, formulas and what they refuse."""
 
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -98,8 +99,25 @@ def test_one_bad_sample_leaves_the_others_alone() -> None:
 def test_magnitude_by_hand() -> None:
     critic = th.tensor([[1.0, 0.0], [0.0, -1.0], [2.0, 0.0]])  # squares 1, 1, 4, mean 2
     analytic = th.tensor([[1.0, 0.0], [0.0, 3.0], [5.0, -5.0]])  # squares 1, 9, 50
-    assert MagnitudeGate(4.0)(analytic, critic, 0).tolist() == pytest.approx([12 / 15, 12 / 23, 24 / 76])
-    assert MagnitudeGate(1.0)(analytic, critic, 0).tolist() == pytest.approx([3 / 6, 3 / 14, 6 / 58])
+    assert MagnitudeGate(4.0, 1.0)(analytic, critic, 0).tolist() == pytest.approx([12 / 15, 12 / 23, 24 / 76])
+    assert MagnitudeGate(1.0, 1.0)(analytic, critic, 0).tolist() == pytest.approx([3 / 6, 3 / 14, 6 / 58])
+
+
+def test_magnitude_with_a_critic_that_is_too_flat() -> None:
+    """A simulator whose gradients are all larger is measured by their own median, up to a limit; a rough sample stands out."""
+    critic = th.ones(5, 1)  # mean square 1
+    for size, unit in ((0.5, 1.0), (2.0, 4.0), (3.0, 9.0), (30.0, 9.0)):
+        analytic = size * th.tensor([[1.0], [1.0], [-1.0], [1.0], [100.0]])
+        expected = [8 / (8 + (size * x) ** 2 / unit + 1) for x in (1, 1, 1, 1, 100)]
+        assert MagnitudeGate(4.0, 3.0)(analytic, critic, 0).tolist() == pytest.approx(expected)
+
+
+def test_magnitude_gates_of_before_weigh_as_before() -> None:
+    analytic, critic = gradients(0)
+    old = MagnitudeGate(4.0, 1.0)
+    saved = pickle.loads(pickle.dumps(old))
+    del saved.flatness
+    assert th.equal(saved(3.0 * analytic, critic, 0), old(3.0 * analytic, critic, 0))
 
 
 def test_magnitude_distrusts_whichever_is_the_outlier() -> None:
@@ -159,6 +177,12 @@ def test_variance_gates_distrust_what_overflows() -> None:
 def test_magnitude_gate_refuses(preference: float) -> None:
     with pytest.raises(ValueError, match=r"`preference` must be positive and finite, got .*; usual values are"):
         MagnitudeGate(preference)
+
+
+@pytest.mark.parametrize("flatness", [0.5, -1.0, float("nan"), float("inf")])
+def test_magnitude_gate_refuses_flatness(flatness: float) -> None:
+    with pytest.raises(ValueError, match=r"`flatness` must be finite and at least 1, got .*; usual values are 1 to 10"):
+        MagnitudeGate(4.0, flatness)
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan"), float("inf")])

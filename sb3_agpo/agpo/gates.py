@@ -86,25 +86,36 @@ class MagnitudeGate(Gate):
     r"""
     Weigh both gradients of a sample by the inverse of their squared size, as estimates are weighed by inverse variance.
 
-    :math:`w = p\,(|g^Q_a|^2 + m) / (p\,(|g^Q_a|^2 + m) + |g^{sim}_a|^2 + m)` with :math:`m` the batch mean of
+    :math:`w = p\,(|g^Q_a|^2 + m) / (p\,(|g^Q_a|^2 + m) + |g^{sim}_a|^2 / u + m)` with :math:`m` the batch mean of
     :math:`|g^Q_a|^2`. A rough transition shows in a huge analytic gradient, an erring critic in a huge :math:`g^Q_a`:
     either loses its say in that sample alone, so that the mixture is never larger than a few times the critic's average.
 
+    What is huge for an analytic gradient depends on the others: a critic that has not learnt much is too flat, and all
+    gradients of a simulator that is right are large beside it. So :math:`u` is the batch median of :math:`|g^{sim}_a|^2`
+    in units of :math:`m`, as long as it is at least 1 and at most :math:`f^2`: a simulator whose typical gradients are
+    larger than :math:`f` times the critic's is rough altogether.
+
     :param preference: p, the weight of the simulator relative to the critic where both gradients are small: 4 means four
         fifths. Usual range 1 to 16
-    :raises ValueError: if it is not positive and finite
+    :param flatness: f, how much too flat a critic may be; 1 measures both gradients by the critic's. Usual range 1 to 10
+    :raises ValueError: if ``preference`` is not positive and finite, or ``flatness`` not finite and at least 1
     """
 
-    def __init__(self, preference: float = 4.0) -> None:
+    flatness = 1.0  # of gates that were saved before there was a choice
+
+    def __init__(self, preference: float = 4.0, flatness: float = 3.0) -> None:
         check_positive("preference", preference)
-        self.preference = preference
+        if not (math.isfinite(flatness) and flatness >= 1.0):
+            raise ValueError(f"`flatness` must be finite and at least 1, got {flatness!r}; usual values are 1 to 10")
+        self.preference, self.flatness = preference, flatness
 
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """See :class:`Gate`."""
-        critic_size = critic.square().sum(-1)  # (n,)
+        critic_size, size = critic.square().sum(-1), analytic.square().sum(-1)  # (n,) each
         mean = critic_size.mean()
+        unit = (size.median() / mean).nan_to_num(nan=1.0).clamp(1.0, self.flatness**2)
         trust = self.preference * (critic_size + mean)
-        total = trust + analytic.square().sum(-1) + mean
+        total = trust + size / unit + mean
         weight = th.where(total == 0.0, self.preference / (self.preference + 1.0), trust / total)
         return weight.nan_to_num(nan=0.0)
 
