@@ -435,6 +435,31 @@ class LongSighted(AGPO):
         super().__init__(policy, env, horizon=8, **kwargs)
 
 
+class Hurried(AGPO):
+    """A subclass that makes an argument out of another, and looks at its networks."""
+
+    def __init__(self, policy: Any, env: Any, fast: bool = False, **kwargs: Any) -> None:
+        super().__init__(policy, env, learning_rate=1e-3 if fast else 3e-4, **kwargs)
+        self.fast, self.width = fast, self.actor.mu.in_features
+
+
+class Fixed(AGPO):
+    """A subclass that takes no other arguments."""
+
+    def __init__(self, policy: Any, env: Any) -> None:
+        super().__init__(policy, env, **{**SMALL, "gamma": 0.9})
+
+
+def test_subclass_that_chooses_arguments_by_itself(tmp_path: Path) -> None:
+    Hurried("MlpPolicy", "InvertedPendulum-v5", fast=True, **SMALL).learn(40).save_checkpoint(tmp_path / "hurried")
+    assert Hurried.resume(tmp_path / "hurried", "InvertedPendulum-v5").lr_schedule(1.0) == 1e-3
+    assert Hurried.resume(tmp_path / "hurried", "InvertedPendulum-v5", fast=False).lr_schedule(1.0) == 3e-4
+    with pytest.raises(TypeError, match="learning_rate"):
+        Hurried.resume(tmp_path / "hurried", "InvertedPendulum-v5", learning_rate=1e-4)
+    Fixed("MlpPolicy", "InvertedPendulum-v5").learn(40).save_checkpoint(tmp_path / "fixed")
+    assert Fixed.resume(tmp_path / "fixed", "InvertedPendulum-v5").gamma == 0.9
+
+
 @pytest.mark.parametrize(("subclass", "options"), [(Annotated, {"note": "x", "horizon": 8}), (LongSighted, {})])
 def test_subclass_that_hands_arguments_on(subclass: type[AGPO], options: dict[str, Any], tmp_path: Path) -> None:
     settings = {**SMALL, "learning_rate": 1e-3, "gamma": 0.9, "train_freq": (2, "step"), "policy_kwargs": {"net_arch": [8]}}

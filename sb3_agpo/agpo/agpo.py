@@ -35,7 +35,7 @@ from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
 from sb3_agpo.agpo.arguments import check_arguments, check_learn_arguments, check_names
 from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
-from sb3_agpo.agpo.gates import ConstantGate, Gate, MagnitudeGate
+from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
 from sb3_agpo.agpo.n_step import end_last_episode, sample_n_step
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
@@ -666,7 +666,7 @@ class AGPO(OffPolicyAlgorithm):
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:
         if self.gradient_mode == "adaptive":
-            return self.gate if self.gate is not None else MagnitudeGate()
+            return self.gate if self.gate is not None else DEFAULT_GATE()
         return ConstantGate(1.0 if self.gradient_mode == "analytic" else 0.0)
 
     def _step(self, name: str, optimizer: th.optim.Optimizer, loss: th.Tensor, max_norm: float = math.inf) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,6 @@ from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.__about__ import __version__
-from sb3_agpo.agpo.arguments import check_arguments
 from sb3_agpo.agpo.faults import explained_faults
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.checkpoint.directory import find_checkpoint, read_checkpoint, write_checkpoint
@@ -123,7 +123,7 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
     data = read_checkpoint(checkpoint)
     try:
         state = decode(data.structure, data.arrays)
-        arguments = {**state["arguments"], **kwargs}
+        arguments = dict(state["arguments"])
         missing = sorted(set(state["to_be_given"]) - set(kwargs))
     except (KeyError, TypeError) as error:
         raise ValueError(f"the checkpoint {checkpoint} is not that of a model ({error!r})") from error
@@ -132,36 +132,34 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
         raise ValueError(
             f"the checkpoint {checkpoint} could not hold {missing}; give them again: resume(directory, env, {names})"
         )
-    model = make_model(cls, env, arguments)
+    model = make_model(cls, env, arguments, kwargs)
     check_same_task(model, state["task"])
     restore_model(model, state)
     return model
 
 
-def make_model(cls: type[AGPOType], env: GymEnv | str, arguments: State) -> AGPOType:
+def make_model(cls: type[AGPOType], env: GymEnv | str, saved: State, given: State) -> AGPOType:
     """
-    Make a model. What the constructor of a subclass would only hand on is given as SB3's ``load`` gives it, since the
-    constructor may set some of it itself.
+    Make a model with the arguments of another one.
 
     :param cls: class of the model
     :param env: environment
-    :param arguments: constructor arguments, the policy among them
+    :param saved: constructor arguments of the other model, the policy among them
+    :param given: those that are to be changed
     :return: the model
     :raises TypeError: if there is no such argument
     """
-    policy, arguments = arguments["policy"], {name: value for name, value in arguments.items() if name != "policy"}
-    own, all_names = inspect.signature(cls.__init__).parameters, constructor_arguments(cls)
-    handed_on = {name: value for name, value in arguments.items() if name in all_names and name not in (*own, *GIVEN_ANEW)}
-    if not handed_on:
-        return cls(policy, env, **arguments)
-    check_arguments(handed_on)
-    rest = {name: value for name, value in arguments.items() if name not in handed_on}
-    model = cls(policy, env, _init_setup_model=False, **rest)
-    for name, value in handed_on.items():
-        setattr(model, name if hasattr(model, name) else f"_{name}", value)
-    model._automatic_buffer = model.replay_buffer_class is None
-    model._setup_model()
-    return model
+    arguments = {**saved, **given}
+    policy = arguments.pop("policy")
+    while True:
+        try:
+            return cls(policy, env, **arguments)
+        except TypeError as error:
+            # A subclass that hands `**kwargs` on may choose some arguments itself: then its choice holds
+            chosen = re.search(r"multiple values for keyword argument '(\w+)'", str(error))
+            if chosen is None or chosen[1] in given or chosen[1] not in arguments:
+                raise
+            del arguments[chosen[1]]
 
 
 # ---------------------------------------------------------------------- saving
@@ -212,9 +210,9 @@ def capture_arguments(model: AGPO) -> tuple[State, list[str]]:
             value = getattr(model, stored)
             arguments[name] = str(value) if isinstance(value, Path) else value
     frequency = model.train_freq
-    if isinstance(frequency, TrainFreq):
+    if isinstance(frequency, TrainFreq) and "train_freq" in arguments:
         arguments["train_freq"] = (frequency.frequency, frequency.unit.value)
-    if model._automatic_buffer:
+    if model._automatic_buffer and "replay_buffer_class" in arguments:
         arguments["replay_buffer_class"] = None
     to_be_given = [name for name, value in arguments.items() if not is_plain(value)]
     return {name: value for name, value in arguments.items() if name not in to_be_given}, to_be_given

@@ -29,6 +29,9 @@ def check_positive(name: str, value: float) -> None:
 class Gate(ABC):
     """Weight of the analytic gradient, in [0, 1]."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @abstractmethod
     def __call__(self, analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
         """
@@ -118,6 +121,10 @@ class MagnitudeGate(Gate):
         total = trust + size / unit + mean
         weight = th.where(total == 0.0, self.preference / (self.preference + 1.0), trust / total)
         return weight.nan_to_num(nan=0.0)
+
+
+#: the gate of a model that is given none
+DEFAULT_GATE = MagnitudeGate
 
 
 def batch_variance(gradients: th.Tensor) -> th.Tensor:

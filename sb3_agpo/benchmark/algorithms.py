@@ -145,6 +145,11 @@ class AlgorithmSpec:
         for name in ("observation_space", "action_space", "lr_schedule"):
             policy_arguments.pop(name, None)
         arguments["policy_kwargs"] = policy_arguments
+        if self.own and arguments["gradient_mode"] == "adaptive" and arguments["gate"] is None:
+            # What None stands for is a setting, too
+            from sb3_agpo.agpo.gates import DEFAULT_GATE
+
+            arguments["gate"] = DEFAULT_GATE()
         return {"algorithm": _plain(self.algorithm), "n_envs": self.n_envs, "arguments": _plain(arguments)}
 
     def settings_hash(self) -> str:

@@ -234,7 +234,7 @@ def circumstances(results: Results, command: str) -> str:
         {(row["algorithm"], row["settings"]) for row in results.rows if row["algorithm"] != RANDOM and not is_stock(row)}
     ):
         named = ", ".join(f"`{name}` ({settings})" for name, settings in changed)
-        text += f"Changed algorithms, with their settings' hash in `learning_settings.json`: {named}.\n\n"
+        text += f"Of other settings than today's, which `learning_settings.json` has by these hashes: {named}.\n\n"
     return f"{text}| | |\n| --- | --- |\n{versions}\n"
 
 

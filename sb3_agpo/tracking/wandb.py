@@ -27,7 +27,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_agpo.agpo.adaptive_gradient import GateFunction
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.checkpoint import constructor_arguments
-from sb3_agpo.agpo.gates import Gate
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
 
@@ -212,8 +211,6 @@ def _plain(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Gate):
-        return f"{type(value).__name__}({', '.join(f'{name}={setting!r}' for name, setting in vars(value).items())})"
     return str(value)
 
 
