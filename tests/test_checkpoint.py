@@ -415,9 +415,9 @@ def test_callback_arguments(tmp_path: Path) -> None:
 
 def test_callback_of_an_event(tmp_path: Path) -> None:
     """Events call what they trigger in the middle of a rollout: no checkpoint would ever be saved."""
-    every_ten = EveryNTimesteps(10, ResumableCheckpointCallback(tmp_path, 5))
-    with pytest.raises(TypeError, match="EveryNTimesteps tells its callback nothing"):
-        small_model("InvertedPendulum-v5").learn(50, callback=every_ten)
+    for callback in (ResumableCheckpointCallback(tmp_path, 5), CallbackList([ResumableCheckpointCallback(tmp_path, 5)])):
+        with pytest.raises(TypeError, match="events such as EveryNTimesteps tell their callbacks nothing"):
+            small_model("InvertedPendulum-v5").learn(50, callback=EveryNTimesteps(10, callback))
 
 
 class Annotated(AGPO):

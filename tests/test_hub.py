@@ -95,7 +95,7 @@ def test_card_says_how_the_model_was_made_and_its_code_is_complete(saved: Path) 
         "12.00 +/- 1.00",
         "batch_size = 16",
         "horizon = ",
-        "gate = sb3_agpo.agpo.gates.VarianceSwitch\n",
+        "gate = VarianceSwitch(ratio=8.0)\n",
         "PyTorch",
     ):
         assert part in text, part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,20 @@ def test_returns_do_not_cross_a_reset_of_the_environment(reset: bool) -> None:
     assert data.discounts is not None and not data.dones.any()
     lengths = {round(math.log(discount, model.gamma)) for discount in data.discounts.flatten().tolist()}
     assert lengths == {1, 2, 3}  # shorter ones at the end of the buffer, in any case
+
+
+def test_returns_do_not_lead_from_a_loaded_buffer_into_other_episodes(tmp_path: Path) -> None:
+    """Unless the environments stand where its newest transitions led to."""
+    model = small_model(make_vec_env("Pendulum-v1", 2, seed=0), learning_starts=1000, n_steps=3).learn(40)
+    model.save_replay_buffer(tmp_path / "buffer")
+    other = small_model(make_vec_env("Pendulum-v1", 2, seed=1), learning_starts=1000, n_steps=3).learn(10)
+    for trained, ends in ((model, False), (other, True)):
+        trained.load_replay_buffer(tmp_path / "buffer")
+        trained.learn(10, reset_num_timesteps=False)  # where it shows
+        buffer = trained.replay_buffer
+        assert isinstance(buffer, NStepReplayBuffer) and buffer.pos == 25
+        assert (buffer.dones[19] == ends).all() and (buffer.timeouts[19] == ends).all()
+        assert not buffer.dones[:19].any() and not buffer.dones[20:25].any()
 
 
 def test_infinite_distance_learns_as_with_the_replay_buffer_of_sb3(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -682,6 +682,7 @@ def test_copies_step_like_copies_of_dummy_vec_env(threads: int) -> None:
     dummy, threaded = make_pair("Hopper-v5", threads=threads)
     for duplicate in (copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))):
         ours, theirs = duplicate(threaded), copy.deepcopy(dummy)
+        assert len({id(model) for model in ours.get_attr("model")}) == 1
         for env in (ours, theirs):
             env.seed(3)
         assert np.array_equal(ours.reset(), theirs.reset())

@@ -1,7 +1,9 @@
 """Weights & Biases: real offline runs, read back from the files that they leave."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -271,9 +273,22 @@ def test_a_run_that_was_interrupted_is_not_gone_on_with(tmp_path: Path) -> None:
     assert {40, 80} <= set(Offline(tmp_path / "first").series("gate/step_0"))
     with pytest.raises(KeyboardInterrupt):
         model.learn(100, callback=[first, Interrupt()])
+    gone = weakref.ref(first)
     other = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=second)
     assert second.run_id != first.run_id and wandb.run is None
     assert type(model) is type(other) is AGPO
+    first_id, first = first.run_id, None  # type: ignore[assignment]
+    del model
+    gc.collect()
+    assert gone() is None and first_id is not None
+
+
+def test_two_callbacks_share_a_run(tmp_path: Path) -> None:
+    """The first of a call of `learn` starts it, the last one finishes it; both watch the gate."""
+    pair = [callback_in(tmp_path, histogram_freq=frequency) for frequency in (20, 1000)]
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=[*pair])
+    assert pair[0].run_id == pair[1].run_id and wandb.run is None and type(model) is AGPO
+    assert list(Offline(tmp_path).series("gate/step_0")) == [40]
 
 
 def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,22 +327,21 @@ def test_animations_play_at_the_speed_of_the_task() -> None:
             assert picture.info["duration"] == duration
 
 
-def test_normalised_environments_are_not_normalised_again() -> None:
-    """Nor do their statistics change, or their rewards stay scaled: neither for a video, nor afterwards."""
+def test_environments_that_normalise_do_so_as_in_training() -> None:
+    """Once, with the statistics of training, which a video does not move."""
     model = AGPO("MlpPolicy", VecNormalize(make_vec_env(ENVIRONMENT)), **SMALL).learn(40)
     seen: list[Any] = []
     predict = model.predict
     model.predict = lambda observation, **_: (seen.append(observation), predict(observation))[1]  # type: ignore[method-assign]
+    training = model.get_vec_normalize_env()
+    assert training is not None
     env = VecNormalize(DummyVecEnv([lambda: Painted(gym.make(ENVIRONMENT))]))
-    env.obs_rms, env.render_mode = model.get_vec_normalize_env().obs_rms, "rgb_array"  # type: ignore[union-attr]
-    count = env.obs_rms.count  # type: ignore[union-attr]
     env.seed(3)
-    first = env.reset()
-    env.obs_rms.count = count  # type: ignore[union-attr]
+    first = training.normalize_obs(env.venv.reset())
     env.seed(3)
     record_episode(model, env, max_frames=1)
-    assert np.allclose(seen[0], first, atol=0.05)
-    assert env.obs_rms.count == count and env.training and env.norm_reward  # type: ignore[union-attr]
+    assert np.array_equal(seen[0], first)
+    assert env.obs_rms.count == training.obs_rms.count and env.training and env.norm_reward  # type: ignore[union-attr]
 
 
 def test_recording_a_gate_leaves_the_model_alone() -> None:

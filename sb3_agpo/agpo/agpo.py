@@ -844,8 +844,9 @@ class AGPO(OffPolicyAlgorithm):
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
         will_reset = reset_num_timesteps or self._last_obs is None  # the environment
-        if will_reset and type(self.replay_buffer) is NStepReplayBuffer:
-            end_last_episode(self.replay_buffer)
+        if isinstance(self.replay_buffer, NStepReplayBuffer):  # it may be a loaded one, too
+            last_obs = self._last_original_obs if self._vec_normalize_env is not None else self._last_obs
+            end_last_episode(self.replay_buffer, None if will_reset else last_obs)  # type: ignore[arg-type]
         if self.dynamics is not None:
             if will_reset:
                 self.dynamics.discard()

@@ -65,16 +65,22 @@ def sample_n_step(
     return samples, float(length.mean()) + 1.0
 
 
-def end_last_episode(buffer: ReplayBuffer) -> None:
+def end_last_episode(buffer: ReplayBuffer, observations: np.ndarray | None = None) -> None:
     """
     Let episodes that are not over end with the newest transitions, as by a time limit: what follows begins another one.
 
     :param buffer: replay buffer other than ``HerReplayBuffer``
+    :param observations: where the environments stand, shape ``(n_envs, ...)``, unnormalised; episodes that lead there go on.
+        None if all begin anew
     """
     if buffer.size() == 0:
         return
     newest = (buffer.pos - 1) % buffer.buffer_size
     unfinished = buffer.dones[newest] == 0.0  # (n_envs,)
+    if observations is not None:
+        successors = buffer.next_observations[newest]  # (n_envs, ...)
+        differ = successors != np.asarray(observations, dtype=successors.dtype).reshape(successors.shape)
+        unfinished &= differ.reshape(len(differ), -1).any(axis=1)
     buffer.dones[newest, unfinished] = 1.0
     # Without memory of its own for successors, that of the newest transition is about to become another episode's first
     # observation, on which no value may be built

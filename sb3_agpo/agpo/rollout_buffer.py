@@ -289,7 +289,8 @@ class DerivativeReplayBuffer:
         for name, value in (("capacity", capacity), ("memory_bytes", memory_bytes)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}")
-        self.capacity, self.memory_bytes, self.device = capacity, memory_bytes, device
+        self.most, self.memory_bytes, self.device = capacity, memory_bytes, device
+        self.capacity = capacity  # what the memory has room for, once sizes are known
         self._fields: dict[str, FloatArray] = {}
         self.position, self.size = 0, 0
 
@@ -337,7 +338,7 @@ class DerivativeReplayBuffer:
         """Reserve memory for the sizes of ``example``."""
         per_transition = sum(4 * int(np.prod(values.shape[1:])) for values in example.values())
         self.position, self.size = 0, 0
-        self.capacity = max(1, min(self.capacity, self.memory_bytes // per_transition))
+        self.capacity = max(1, min(self.most, self.memory_bytes // per_transition))
         self._fields = {n: np.zeros((self.capacity, *v.shape[1:]), dtype=np.float32) for n, v in example.items()}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,9 +10,10 @@ behind. An environment with any other attribute that could hold state (a Box2D w
 from __future__ import annotations
 
 import functools
-import itertools
+import operator
 import types
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ import mujoco
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
+from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import ResultsWriter
 
@@ -104,7 +106,7 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
     for key, value in vars(layer).items():
         if key in STRUCTURAL:
             continue
-        parts = [] if simulator is None else [_is_part(leaf, simulator) for _, leaf in _leaves(value, key)]
+        parts = [] if simulator is None else [_is_part(leaf, simulator) for _, leaf in _leaves(value)]
         if parts and all(parts):
             continue
         if any(parts):
@@ -116,7 +118,7 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
         elif not is_inert(value):
             unknown.append(f"{name}.{key} is a {type(value).__name__}")
     known = isinstance(layer, gym.Wrapper) and type(layer).__module__.split(".")[0] in KNOWN_PACKAGES
-    state = {"class": name, "attributes": attributes, "spaces": generators, "shared": shared_leaves(attributes)}
+    state = {"class": name, "attributes": attributes, "spaces": generators, "sharing": describe_sharing(attributes)}
     return state, [] if known else unknown
 
 
@@ -131,31 +133,95 @@ def is_inert(value: Any) -> bool:
     return isinstance(value, INERT) or any(module.startswith(f"{name}.") for name in PICTURES)
 
 
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What a container holds, containers within it opened as well, and what to call it."""
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """What a container holds, containers within it opened as well, and the keys that lead there."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(item, f"{path}[{key!r}]")
+            yield from _leaves(item, (*path, key))
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
+            yield from _leaves(item, (*path, index))
     else:
         yield path, value
 
 
-def shared_leaves(attributes: State) -> list[list[str]]:
+def describe_sharing(attributes: State) -> State:
     """
-    Find arrays that are views of one another, and random generators that have two names.
+    Describe arrays that are views of the same memory, and random generators that have several names.
 
     :param attributes: name -> value
-    :return: pairs of names such as ``position`` or ``parts['position']``
+    :return: ``memory``: for each memory with several views its size in bytes and where each view lies in it;
+        ``generators``: for each generator with several names the keys that lead to it
     """
-    leaves = [leaf for key, value in attributes.items() for leaf in _leaves(value, key)]
-    arrays = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.ndarray) and leaf.size]
-    generators = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.random.Generator)]
-    pairs = [[one, other] for (one, a), (other, b) in itertools.combinations(arrays, 2) if np.may_share_memory(a, b)]
-    pairs += [[one, other] for (one, a), (other, b) in itertools.combinations(generators, 2) if a is b]
-    return pairs
+    leaves = list(_leaves(attributes))
+    views = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.ndarray) and leaf.size]
+    views.sort(key=lambda view: byte_bounds(view[1])[0])
+    groups: list[list[tuple[tuple[Any, ...], NDArray[Any]]]] = []
+    end = -1
+    for path, view in views:
+        low, high = byte_bounds(view)
+        if low < end:
+            groups[-1].append((path, view))
+        else:
+            groups.append([(path, view)])
+        end = max(end, high)
+    generators: dict[int, list[list[Any]]] = defaultdict(list)
+    for path, leaf in leaves:
+        if isinstance(leaf, np.random.Generator):
+            generators[id(leaf)].append(list(path))
+    return {
+        "memory": [_layout(group) for group in groups if len(group) > 1],
+        "generators": [paths for paths in generators.values() if len(paths) > 1],
+    }
+
+
+def _layout(group: list[tuple[tuple[Any, ...], NDArray[Any]]]) -> State:
+    """Where views lie in the memory that they share."""
+    bounds = [byte_bounds(view) for _, view in group]
+    start = min(low for low, _ in bounds)
+    views = [
+        {"path": list(path), "offset": view.__array_interface__["data"][0] - start, "strides": list(view.strides)}
+        for path, view in group
+    ]
+    return {"size": max(high for _, high in bounds) - start, "views": views}
+
+
+def restore_sharing(attributes: State, sharing: State) -> State:
+    """
+    Make views and generators with several names of those that :func:`describe_sharing` found, on memory of their own.
+
+    :param attributes: name -> value, each a copy of its own
+    :param sharing: the description
+    :return: the attributes with the shared ones in their place
+    """
+    for memory in sharing["memory"]:
+        buffer = np.zeros(memory["size"], dtype=np.uint8)
+        for view in memory["views"]:
+            copy = _at(attributes, view["path"])
+            shared: NDArray[Any] = np.ndarray(copy.shape, copy.dtype, buffer, view["offset"], view["strides"])
+            shared[...] = copy
+            attributes = _replaced(attributes, view["path"], shared)
+    for paths in sharing["generators"]:
+        generator = _at(attributes, paths[0])
+        for path in paths[1:]:
+            attributes = _replaced(attributes, path, generator)
+    return attributes
+
+
+def _at(container: Any, path: list[Any]) -> Any:
+    """What a path of keys leads to."""
+    return functools.reduce(operator.getitem, path, container)
+
+
+def _replaced(container: Any, path: list[Any], value: Any) -> Any:
+    """A container with another value at the end of a path of keys."""
+    if not path:
+        return value
+    key, *rest = path
+    if isinstance(container, dict):
+        return {**container, key: _replaced(container[key], rest, value)}
+    items = [_replaced(item, rest, value) if index == key else item for index, item in enumerate(container)]
+    return items if isinstance(container, list) else tuple(items)
 
 
 def _is_part(value: Any, simulator: MujocoEnv) -> bool:
@@ -182,9 +248,9 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "
             "make it with the same wrappers"
         )
-    notes = list(state["unknown"])
     for layer, layer_state in zip(own, state["layers"], strict=True):
-        notes += restore_layer(layer, layer_state)
+        restore_layer(layer, layer_state)
+    notes = list(state["unknown"])
     if state["simulator"] is not None:
         if not isinstance(env.unwrapped, MujocoEnv):
             raise ValueError(f"{names[-1]} is no MujocoEnv, that of the checkpoint was; make the same environment")
@@ -192,49 +258,22 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
     return notes
 
 
-def restore_layer(layer: gym.Env[Any, Any], state: State) -> list[str]:
+def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
     """
     Put a wrapper or an environment where another one was.
 
     :param layer: the layer
     :param state: as :func:`capture_layer` returned it
-    :return: in words, what may differ all the same
     """
     if "own" in state:
         layer.set_checkpoint_state(state["own"])  # type: ignore[attr-defined]
-        return []
-    attributes, shared = state["attributes"], state["shared"]
-    in_place = {path.split("[")[0] for pair in shared for path in pair}
-    for key, value in attributes.items():
-        setattr(layer, key, _put_back(getattr(layer, key, None), value) if key in in_place else value)
+        return
+    for key, value in restore_sharing(state["attributes"], state["sharing"]).items():
+        setattr(layer, key, value)
     for key, generators in state["spaces"].items():
         space = getattr(layer, key)
         if space is not None:
             set_space_generators(space, generators)
-    left = shared_leaves({key: getattr(layer, key) for key in attributes if key in in_place})
-    name = layer_name(layer)
-    return [
-        f"{name}.{one} and {name}.{other} are no longer the same memory" for one, other in shared if [one, other] not in left
-    ]
-
-
-def _put_back(current: Any, value: Any) -> Any:
-    """``current`` with the contents of ``value``, as others may hold it too; ``value`` where they are of different kinds."""
-    if isinstance(value, np.ndarray) and _same_shape(value, current) and current.flags.writeable:
-        current[...] = value
-        return current
-    if isinstance(value, np.random.Generator) and type(current) is type(value):
-        current.bit_generator.state = value.bit_generator.state
-        return current
-    if isinstance(value, dict) and isinstance(current, dict):
-        contents = {key: _put_back(current.get(key), item) for key, item in value.items()}
-        current.clear()
-        current.update(contents)
-        return current
-    if isinstance(value, list) and isinstance(current, list) and len(value) == len(current):
-        current[:] = [_put_back(*pair) for pair in zip(current, value, strict=True)]
-        return current
-    return value
 
 
 def capture_simulator(env: MujocoEnv) -> State:

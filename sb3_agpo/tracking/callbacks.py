@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stable_baselines3.common.callbacks import BaseCallback, EventCallback
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_agpo.agpo.agpo import AGPO
 
@@ -32,24 +32,28 @@ class ResumableCheckpointCallback(BaseCallback):
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}")
         self.directory, self.save_freq, self.keep = Path(directory), save_freq, keep
         self._saved_at = 0
+        self._is_told_of_rollouts = False
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, AGPO):
             raise TypeError(f"checkpoints that can be resumed are AGPO's, got {self.model!r}; use SB3's CheckpointCallback")
-        if isinstance(self.parent, EventCallback):
-            raise TypeError(
-                f"checkpoints that can be resumed are saved between rollouts, of which {type(self.parent).__name__} tells its "
-                "callback nothing; pass ResumableCheckpointCallback to `learn`, in a list with others, and set its `save_freq`"
-            )
         self._saved_at = self.model.num_timesteps
+        self._is_told_of_rollouts = False
 
     def _on_rollout_start(self) -> None:
+        self._is_told_of_rollouts = True
         steps = self.model.num_timesteps
         if steps // self.save_freq > self._saved_at // self.save_freq:
             # The exploration matrix of gSDE has been drawn already, and will be drawn again when the run goes on
             self._save(self.model._state_before_rollout)
 
     def _on_step(self) -> bool:
+        if not self._is_told_of_rollouts:
+            raise TypeError(
+                "checkpoints that can be resumed are saved between rollouts, of which events such as EveryNTimesteps tell "
+                "their callbacks nothing; pass ResumableCheckpointCallback to `learn`, in a list with others, and set its "
+                "`save_freq`"
+            )
         return True
 
     def _on_training_end(self) -> None:

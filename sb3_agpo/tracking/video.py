@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -58,8 +59,9 @@ def record_episode(
     """
     Play one episode with the deterministic policy.
 
-    :param model: the model; observations are normalised as in its training environment, unless ``env`` does that itself
-    :param env: environment with ``render_mode="rgb_array"``
+    :param model: the model; observations are normalised as in its training environment
+    :param env: environment with ``render_mode="rgb_array"``. A ``VecNormalize`` of its own is given the statistics of the
+        training environment's, as ``EvalCallback`` does
     :param max_frames: pictures at which a longer episode is cut
     :return: pictures of shape ``(height, width, 3)``, how many of them make a second
     :raises ValueError: if the environment draws no pictures
@@ -69,7 +71,9 @@ def record_episode(
         raise ValueError(f'videos need an environment with `render_mode="rgb_array"`, got {venv.render_mode!r}')
     frames: list[NDArray[np.uint8]] = []
     with held_normalization(venv) as own:
-        normalization = model.get_vec_normalize_env() if own is None else None
+        normalization = model.get_vec_normalize_env()
+        if own is not None and normalization is not None:
+            own.obs_rms, normalization = copy.deepcopy(normalization.obs_rms), None
         observations, done = venv.reset(), False
         while not done and len(frames) < max_frames:
             frame = venv.render()

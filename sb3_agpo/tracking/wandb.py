@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -48,8 +49,8 @@ FIGURES: dict[str, Callable[..., None]] = {
 }
 
 
-#: runs that a callback has started and not finished yet, by id
-_UNFINISHED: dict[str, AGPOWandbCallback] = {}
+#: runs that a callback has started and not finished yet: id -> the callback, if it still exists
+_UNFINISHED: dict[str, weakref.ref[AGPOWandbCallback]] = {}
 
 
 class WandbOutputFormat(KVWriter):
@@ -153,7 +154,9 @@ class GateRecorder:
         def gate(watched: AGPO) -> GateFunction:
             return self._recorded(self.kind._gate(watched))
 
-        model.__class__ = type(self.kind.__name__, (self.kind,), {"_gate": gate, "__module__": self.kind.__module__})
+        attributes = {"_gate": gate, "_gate_recorder": self, "__module__": self.kind.__module__}
+        self.watching = type(self.kind.__name__, (self.kind,), attributes)
+        model.__class__ = self.watching
 
     def _recorded(self, gate: GateFunction) -> GateFunction:
         """
@@ -181,8 +184,14 @@ class GateRecorder:
         return {step: weights[weights.isfinite()] for step, weights in taken.items() if weights.isfinite().any()}
 
     def close(self) -> None:
-        """Give the model its class back."""
-        self.model.__class__ = self.kind
+        """Give the model its class back, or that of the next recorder beneath."""
+        above = type(self.model)
+        if above is self.watching:
+            self.model.__class__ = self.kind
+            return
+        while above.__dict__["_gate_recorder"].kind is not self.watching:  # another recorder has come later
+            above = above.__dict__["_gate_recorder"].kind
+        above.__dict__["_gate_recorder"].kind = self.kind
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
@@ -301,27 +310,38 @@ class AGPOWandbCallback(BaseCallback):
         :raises ValueError: if the active run is another one than the user asked for
         """
         active = wandb.run
-        self._finish_run = active is None
-        # Where an error or Ctrl-C ended a call of `learn`, the run that its callback had started is still open
-        abandoned = None if active is None else _UNFINISHED.pop(active.id, None)
-        if active is not None and abandoned is not None:
-            abandoned._stop_watching()
-            self._finish_run = True
-            if self.run_id != active.id:
-                active.finish()
-                active = None
+        self._finish_run = active is None or active.id in _UNFINISHED
+        if active is not None and active.id in _UNFINISHED and not self._share(active.id):
+            active.finish()
+            active = None
         if active is None:
             # "allow": a new run if there is none of this id
             resume = {} if self.run_id is None else {"id": self.run_id, "resume": "allow"}
             active = wandb.init(**{"project": DEFAULT_PROJECT, **self.run_arguments, **resume})
-        if self._finish_run:
-            _UNFINISHED[active.id] = self
-        elif self.run_id not in (None, active.id):
+        if self.run_id not in (None, active.id):
             raise ValueError(
                 f"the run {active.id!r} is active, but `run_id` is {self.run_id!r}; call `wandb.finish()` first, or "
                 "leave `run_id` out"
             )
+        if self._finish_run:
+            _UNFINISHED[active.id] = weakref.ref(self)
         return active
+
+    def _share(self, run_id: str) -> bool:
+        """
+        Take over a run from the callback that started it.
+
+        :param run_id: of the run
+        :return: whether to go on with it; not if an error or Ctrl-C ended another call of ``learn`` before its callback
+            could finish the run
+        """
+        owner = _UNFINISHED.pop(run_id)()
+        if owner is not None and owner is not self and owner.locals is self.locals:
+            owner._finish_run = False  # both are of this call: whoever begins last ends last
+            return True
+        if owner is not None:
+            owner._stop_watching()
+        return self.run_id == run_id
 
     def _stop_watching(self) -> None:
         """Give the model its class back and the logger its outputs."""

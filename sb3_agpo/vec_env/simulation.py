@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sb3_agpo.dynamics.interface import Array
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 from sb3_agpo.dynamics.tasks import Outcome, Steps, TaskModel
+from sb3_agpo.vec_env.environments import share_model
 
 Infos = list[dict[str, Any]]
 
@@ -121,6 +122,8 @@ class BatchSimulation:
         return {"envs": self.envs, "task": self.task, "threads": self.threads, "own_step": self.own_step}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for env in state["envs"][1:]:  # each was made anew, with a model of its own
+            share_model(env, state["envs"][0].model)
         self.__init__(**state)  # type: ignore[misc]
         self.read()
 

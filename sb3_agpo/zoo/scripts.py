@@ -103,12 +103,10 @@ def with_defaults(script: str, arguments: Sequence[str]) -> list[str]:
     :return: those and, for a script that shows what was trained, the folder that training writes to: the zoo would look
         for agents of its own, of which there are none of AGPO's
     """
-    options = {argument.partition("=")[0] for argument in arguments}
-    is_ours = ALGORITHM_NAME in arguments or f"--algo={ALGORITHM_NAME}" in arguments
     if script == "optimize":
         return ["-optimize", *arguments]
-    if script in SHOWING and is_ours and not options & {"-f", "--folder"}:
-        return [*arguments, "-f", TRAINED]
+    if script in SHOWING and (ALGORITHM_NAME in arguments or f"--algo={ALGORITHM_NAME}" in arguments):
+        return ["-f", TRAINED, *arguments]  # a folder that is given comes later, and counts
     return list(arguments)
 
 
