@@ -252,6 +252,13 @@ def test_parsing() -> None:
     parsed = learning.parse_overrides(["ent_coef='auto_0.1'", "policy_kwargs={'net_arch': [4]}", "a.b=torch.nn.SiLU"])
     assert parsed == {"ent_coef": "auto_0.1", "policy_kwargs": {"net_arch": [4]}, "a.b": nn.SiLU}
     assert torch_module("Tanh") is nn.Tanh
+    gate = learning.parse_overrides(["gate=MagnitudeGate(2.0, flatness=1.0)"])["gate"]
+    assert repr(gate) == "MagnitudeGate(preference=2.0, flatness=1.0)"
+    hashes = {find_algorithm("agpo-adaptive", overrides={"gate": gate}).settings_hash() for _ in range(2)}
+    assert len(hashes) == 1 and find_algorithm("agpo-adaptive").settings_hash() not in hashes
+    for wrong in ("gate=MagnitudeGate(-1.0)", "gate=MagnitudeGate(x)", "gate=Unknown()"):
+        with pytest.raises(ValueError, match="--set gate"):
+            learning.parse_overrides([wrong])
 
 
 def test_every_algorithm_is_defined() -> None:

@@ -376,7 +376,9 @@ def test_learning_rates(learning_rate: Any, critic_learning_rate: Any) -> None:
     expected = model.critic_lr_schedule(progress) if critic_learning_rate is not None else expected
     assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
     assert model.ent_coef_optimizer is not None  # its pace is SAC's: one step for each transition
-    assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(model._current_learning_rate(model.ent_coef_lr_schedule))
+    assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(
+        model._current_learning_rate(model.ent_coef_lr_schedule)
+    )
     frozen = all(th.equal(a, b) for a, b in zip(critic_before, model.critic.parameters(), strict=True))
     assert frozen == (critic_learning_rate == 0.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -279,6 +280,25 @@ def _agpo_settings(name: str) -> dict[str, Any]:
     if name.endswith(WINDOWS):
         return {"gradient_mode": mode, "critic_grad_coef": 0.0, "policy_delay": 0}
     return {"gradient_mode": mode, "critic_grad_coef": 0.0 if name.endswith(NO_MATCHING) else MATCHING}
+
+
+def gate_of(text: str) -> Any:
+    """
+    A gate by the call that makes it.
+
+    :param text: for example ``MagnitudeGate(flatness=1.0)``
+    :return: the gate; None if it is the call of anything else, or none
+    :raises ValueError: if an argument is no Python literal, or out of range
+    :raises SyntaxError: if it is no Python expression
+    """
+    from sb3_agpo.agpo import gates
+
+    call = ast.parse(text, mode="eval").body
+    kind = getattr(gates, call.func.id, None) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else None
+    if not (isinstance(call, ast.Call) and inspect.isclass(kind) and issubclass(kind, gates.Gate)):
+        return None
+    named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return kind(*map(ast.literal_eval, call.args), **named)
 
 
 def torch_module(name: str) -> type[nn.Module]:

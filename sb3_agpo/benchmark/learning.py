@@ -19,7 +19,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, find_algorithm, gate_of, torch_module
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
 from sb3_agpo.command_line import check_at_least
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="threads of each run (default: 1)")
     add("--n-envs", type=int, help="training environments of every run (default: the algorithm's own)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=
-        "change constructor arguments of every selected algorithm: a Python literal or a class of torch.nn; "
+        "change constructor arguments of every selected algorithm: a Python literal, a class of torch.nn or a gate; "
         "policy_kwargs.net_arch=[64,64] changes one entry of a dictionary")  # fmt: skip
     add("--label", help="name in the algorithm column, for a single algorithm changed by --set or --n-envs")
     add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
@@ -84,23 +84,28 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 
     :param texts: each ``key=value``
     :return: key -> value
-    :raises ValueError: if one has no key or its value is no literal
+    :raises ValueError: if one has no key or its value cannot be read
     """
     overrides: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise ValueError(f"--set '{text}' is not of the form key=value")
-        if value.startswith("torch.nn."):
-            overrides[key] = torch_module(value)
-            continue
-        try:
-            overrides[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(
-                f"--set {key}: {value} is no Python literal; a string needs quotes, {key}=\"'{value}'\""
-            ) from None
+        overrides[key] = _read_value(key, value)
     return overrides
+
+
+def _read_value(key: str, text: str) -> Any:
+    """The value of ``--set``: a Python literal, a class of torch.nn, or a gate."""
+    if text.startswith("torch.nn."):
+        return torch_module(text)
+    try:
+        gate = gate_of(text)
+        return ast.literal_eval(text) if gate is None else gate
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"--set {key}: {text} is no Python literal; a string needs quotes, {key}=\"'{text}'\" ({error})"
+        ) from None
 
 
 def _check(options: argparse.Namespace) -> None:
