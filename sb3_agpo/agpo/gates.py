@@ -93,10 +93,10 @@ class MagnitudeGate(Gate):
     :math:`|g^Q_a|^2`. A rough transition shows in a huge analytic gradient, an erring critic in a huge :math:`g^Q_a`:
     either loses its say in that sample alone, so that the mixture is never larger than a few times the critic's average.
 
-    What is huge for an analytic gradient depends on the others: a critic that has not learnt much is too flat, and all
+    What is huge for an analytic gradient may depend on the others: a critic that has not learnt much is too flat, and all
     gradients of a simulator that is right are large beside it. So :math:`u` is the batch median of :math:`|g^{sim}_a|^2`
     in units of :math:`m`, as long as it is at least 1 and at most :math:`f^2`: a simulator whose typical gradients are
-    larger than :math:`f` times the critic's is rough altogether.
+    larger than :math:`f` times the critic's is rough altogether. With :math:`f = 1`, the default, :math:`u = 1`.
 
     :param preference: p, the weight of the simulator relative to the critic where both gradients are small: 4 means four
         fifths. Usual range 1 to 16
@@ -106,7 +106,7 @@ class MagnitudeGate(Gate):
 
     flatness = 1.0  # of gates that were saved before there was a choice
 
-    def __init__(self, preference: float = 4.0, flatness: float = 3.0) -> None:
+    def __init__(self, preference: float = 4.0, flatness: float = 1.0) -> None:
         check_positive("preference", preference)
         if not (math.isfinite(flatness) and flatness >= 1.0):
             raise ValueError(f"`flatness` must be finite and at least 1, got {flatness!r}; usual values are 1 to 10")
