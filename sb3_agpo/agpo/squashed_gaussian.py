@@ -50,5 +50,5 @@ def action_distance(actions: th.Tensor, mean: th.Tensor, log_std: th.Tensor) -> 
         policy's own actions
     """
     gaussian = th.atanh(actions.clamp(-1.0 + EPSILON, 1.0 - EPSILON))
-    limit = th.atanh(mean.new_tensor(1.0 - EPSILON))  # in the precision of the actions: one of 1 is at it, not near it
+    limit = mean.new_full((1,), 1.0 - EPSILON).atanh()  # in the precision of the actions: one of 1 is at it, not near it
     return ((gaussian - mean.clamp(-limit, limit)) * (-log_std).exp()).square().mean(-1).sqrt()
