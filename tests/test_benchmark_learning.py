@@ -256,9 +256,15 @@ def test_parsing() -> None:
     assert repr(gate) == "MagnitudeGate(preference=2.0, flatness=1.0)"
     hashes = {find_algorithm("agpo-adaptive", overrides={"gate": gate}).settings_hash() for _ in range(2)}
     assert len(hashes) == 1 and find_algorithm("agpo-adaptive").settings_hash() not in hashes
-    for wrong in ("gate=MagnitudeGate(-1.0)", "gate=MagnitudeGate(x)", "gate=Unknown()"):
+    for wrong in (
+        "gate=MagnitudeGate(-1.0)",
+        "gate=MagnitudeGate(x)",
+        "gate=MagnitudeGate(wrong=1)",
+        "gate=Gate()",
+        "gate=Unknown()",
+    ):
         with pytest.raises(ValueError, match="--set gate"):
-            learning.parse_overrides([wrong])
+            learning.parse_overrides([f"gate={wrong}"])
 
 
 def test_every_algorithm_is_defined() -> None:

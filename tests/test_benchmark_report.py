@@ -98,6 +98,15 @@ def test_bootstrap_interval() -> None:
         bootstrap_interval([[]], mean)
 
 
+@pytest.mark.parametrize(("n_seeds", "n_tasks", "expected"), [(2, 1, 0.61), (3, 1, 0.85), (2, 8, 0.89), (3, 8, 0.92)])
+def test_how_often_intervals_of_few_seeds_hold_the_truth(n_seeds: int, n_tasks: int, expected: float) -> None:
+    """The numbers of the docstring, for runs that are normally distributed around zero."""
+    rng = np.random.default_rng(1)
+    statistic = mean if n_tasks == 1 else interquartile_mean
+    intervals = (bootstrap_interval(rng.normal(size=(n_tasks, n_seeds)), statistic, resamples=1000) for _ in range(400))
+    assert np.mean([low <= 0.0 <= high for low, high in intervals]) == pytest.approx(expected, abs=0.06)
+
+
 def test_performance_profile() -> None:
     """The fraction of runs that is strictly better."""
     assert performance_profile([0, 0.5, 1, 2], np.array([-1, 0, 0.5, 1.5, 2])).tolist() == [1, 0.75, 0.5, 0.25, 0]

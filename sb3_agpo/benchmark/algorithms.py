@@ -289,6 +289,7 @@ def gate_of(text: str) -> Any:
     :param text: for example ``MagnitudeGate(flatness=1.0)``
     :return: the gate; None if it is the call of anything else, or none
     :raises ValueError: if an argument is no Python literal, or out of range
+    :raises TypeError: if there is no such argument
     :raises SyntaxError: if it is no Python expression
     """
     from sb3_agpo.agpo import gates

@@ -102,9 +102,9 @@ def _read_value(key: str, text: str) -> Any:
     try:
         gate = gate_of(text)
         return ast.literal_eval(text) if gate is None else gate
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(
-            f"--set {key}: {text} is no Python literal; a string needs quotes, {key}=\"'{text}'\" ({error})"
+            f"--set {key}: {text} is no Python literal and no gate ({error}); a string needs quotes, {key}=\"'{text}'\""
         ) from None
 
 
