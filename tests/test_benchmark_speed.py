@@ -241,6 +241,7 @@ class TestCommand:
             ("vec_env", "Hopper-v5", 2),
             ("updates", "HalfCheetah-v5", 5),
             ("end_to_end", "Hopper-v5", 2),
+            ("precision", "HalfCheetah-v5", 2),
             ("profile", "Hopper-v5", 10),
         ],
     )
@@ -248,6 +249,7 @@ class TestCommand:
         assert speed("--sections", section, "--tasks", task, "--n-envs", "1") == 0
         results = read(Path("speed.csv"))
         assert len(results) == n_rows and all(min(medians) > 0.0 for medians in results.values())
+        assert th.get_float32_matmul_precision() == "highest"  # put back
         if section == "profile":
             shares = [medians.ours / medians.reference for case, medians in results.items() if case.measure != "profile_limit"]
             assert sum(shares) == pytest.approx(1.0, abs=0.01)

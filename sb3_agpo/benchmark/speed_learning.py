@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -18,8 +19,8 @@ from sb3_agpo.benchmark.reliability_cycles import resident_mb
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians, compare, timed, torch_threads
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 
-#: environment steps of one repetition, at least
-STEPS, QUICK_STEPS = 128, 8
+#: environment steps of one repetition: whole batches of AGPO's windows
+STEPS, QUICK_STEPS = 128, 64
 #: steps of the warm-up; the defaults would only make it longer
 LEARNING_STARTS = 100
 #: memory that a run of a million steps may take, in MB
@@ -39,25 +40,58 @@ def measure_learning(case: Case, effort: Effort, **changes: Any) -> Medians:
     :param changes: arguments of AGPO that are not to have their defaults
     :return: environment steps per second
     """
-    differences = FiniteDifferences(threads=case.threads)
-    common: dict[str, Any] = {"seed": 0, "device": "cpu", "learning_starts": LEARNING_STARTS}
-    ours = AGPO("MlpPolicy", case.task, finite_differences=differences, **common, **changes)
-    reference = SAC("MlpPolicy", case.task, **common)
-    least = QUICK_STEPS if effort.quick else STEPS
-    n_steps = ours.rollout_size * -(-least // ours.rollout_size)  # whole batches of windows
-    clock = effort.clock(case.threads)
+    ours, reference = _warmed_up(AGPO, case, **changes), _warmed_up(SAC, case)
+    n_steps, clock = QUICK_STEPS if effort.quick else STEPS, effort.clock(case.threads)
     with torch_threads(case.threads):
-        for model in (ours, reference):
-            model.learn(LEARNING_STARTS)
         ours_seconds, reference_seconds = compare(
             timed(lambda: ours.learn(n_steps, reset_num_timesteps=False), clock),
             timed(lambda: reference.learn(n_steps, reset_num_timesteps=False), clock),
             effort,
         )
-    for model in (ours, reference):
+    _close(ours, reference)
+    return Medians(n_steps / ours_seconds, n_steps / reference_seconds)
+
+
+def measure_products_of_learning(case: Case, effort: Effort, algorithm: type[OffPolicyAlgorithm]) -> Medians:
+    """
+    Speed of ``learn`` where PyTorch may choose other routines for matrix products, beside its default.
+
+    :param case: task and threads, which are torch's and those of the derivatives
+    :param effort: how long
+    :param algorithm: SAC or AGPO, at its defaults
+    :return: environment steps per second after ``torch.set_float32_matmul_precision("medium")``, and without
+    """
+    model = _warmed_up(algorithm, case)
+    n_steps, clock = QUICK_STEPS if effort.quick else STEPS, effort.clock(case.threads)
+
+    def learn(precision: str) -> None:
+        th.set_float32_matmul_precision(precision)
+        model.learn(n_steps, reset_num_timesteps=False)
+
+    before = th.get_float32_matmul_precision()
+    try:
+        with torch_threads(case.threads):
+            medium, highest = compare(timed(lambda: learn("medium"), clock), timed(lambda: learn("highest"), clock), effort)
+    finally:
+        th.set_float32_matmul_precision(before)
+    _close(model)
+    return Medians(n_steps / medium, n_steps / highest)
+
+
+def _warmed_up(algorithm: type[OffPolicyAlgorithm], case: Case, **changes: Any) -> OffPolicyAlgorithm:
+    """A model after its warm-up."""
+    if issubclass(algorithm, AGPO):
+        changes["finite_differences"] = FiniteDifferences(threads=case.threads)
+    arguments: dict[str, Any] = {"seed": 0, "device": "cpu", "learning_starts": LEARNING_STARTS, **changes}
+    model = algorithm("MlpPolicy", case.task, **arguments)
+    with torch_threads(case.threads):
+        return model.learn(LEARNING_STARTS)
+
+
+def _close(*models: OffPolicyAlgorithm) -> None:
+    for model in models:
         assert model.env is not None
         model.env.close()
-    return Medians(n_steps / ours_seconds, n_steps / reference_seconds)
 
 
 class MemoryUse(NamedTuple):

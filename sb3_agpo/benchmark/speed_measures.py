@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from stable_baselines3 import SAC
+
+from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.benchmark.algorithms import BATCH_NORM_SETTINGS
 from sb3_agpo.benchmark.speed_derivatives import (
     EULER_TASKS,
@@ -16,7 +19,13 @@ from sb3_agpo.benchmark.speed_derivatives import (
     measure_threads,
     measure_transition_fd,
 )
-from sb3_agpo.benchmark.speed_learning import MEMORY_LIMIT, measure_growth, measure_learning, project_memory
+from sb3_agpo.benchmark.speed_learning import (
+    MEMORY_LIMIT,
+    measure_growth,
+    measure_learning,
+    measure_products_of_learning,
+    project_memory,
+)
 from sb3_agpo.benchmark.speed_profile import PARTS, measure_limit, measure_part
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians
 from sb3_agpo.benchmark.speed_updates import (
@@ -130,6 +139,15 @@ MEASURES: dict[str, Measure] = {
     "learn_batch_norm": Measure(
         partial(measure_learning, **BATCH_NORM_SETTINGS), _STEPS, "`AGPO.learn`, critics normalised by batches", "`SAC.learn`"
     ),
+    **{
+        f"learn_medium_{algorithm.__name__.lower()}": Measure(
+            partial(measure_products_of_learning, algorithm=algorithm),
+            _STEPS,
+            f'`{algorithm.__name__}.learn`, `set_float32_matmul_precision("medium")`',
+            '"highest", the default',
+        )
+        for algorithm in (AGPO, SAC)
+    },
     "memory_growth": Measure(measure_growth, "MB", "growth of a run's memory", "size of the arrays it filled"),
     "memory_1m_steps": Measure(
         project_memory, "MB", "memory of a million steps, projected", f"{MEMORY_LIMIT:g} MB", (Goal(1.0, True),)
@@ -177,6 +195,7 @@ SECTIONS: dict[str, Callable[[Sequence[int]], Iterator[Case]]] = {
     "vec_env": _vec_env,
     "updates": lambda threads: _product(_UPDATES, UPDATE_TASKS, [1], threads),
     "end_to_end": lambda threads: _product(["learn", "learn_batch_norm"], [*_EASY, *_HARD], [1], threads),
+    "precision": lambda threads: _product(["learn_medium_agpo", "learn_medium_sac"], UPDATE_TASKS, [1], threads),
     "memory": lambda _: _product(["memory_growth", "memory_1m_steps"], MEMORY_TASKS, [1], [1]),
     "profile": lambda _: _product(_PROFILE, PROFILED_TASKS, [1], [1]),
 }
