@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.report import number, stock_settings
+from sb3_agpo.benchmark.markdown import number
+from sb3_agpo.benchmark.report import stock_settings
 from sb3_agpo.benchmark.results import Reached, load
 from sb3_agpo.benchmark.statistics import bootstrap_interval, first_reached, interquartile_mean, mean, performance_profile
 
@@ -184,6 +185,38 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
     for name in ("learning_steps.png", "learning_seconds.png", "learning_profile.png"):
         assert f"]({name})" in text
         assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
+    """One table, between markers, the rest of the page untouched."""
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- summary: begin -->\nold\n<!-- summary: end -->\nafter\n")
+    write_csv(tmp_path / "more.csv", run("ppo", HOPPER, 0, [1, 2, 3000]), run("agpo-batch-norm", CHEETAH, 0, [-50, 20]))
+    two_tasks.write_text(two_tasks.read_text() + "".join((tmp_path / "more.csv").read_text().splitlines(keepends=True)[1:]))
+    arguments = ["--input", str(two_tasks), "--output", str(tmp_path), "--time", "cpu_seconds", "--page", str(page)]
+    assert main(["report", *arguments]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- summary: begin -->\n| task | steps | SAC |") and text.endswith("end -->\nafter\n")
+    assert "old" not in text and text.count("SAC's return after: ") == 4
+    # Columns in the order SAC, PPO, AGPO with matching, AGPO with batch normalisation
+    hopper = "100 (2) | **3,000 (1)** | 250 (2) | – | 15k, 90 s | 15k, 30 s | 10k, 20 s | –"
+    assert f"| Hopper-v5 | 15k | {hopper} |" in text
+    cheetah = "200 (2) | – | **650 (2)** | 20.0 (1) | 10k, 20 s | – | 10k, 20 s | not reached"
+    assert f"| HalfCheetah-v5 | 10k | {cheetah} |" in text
+    assert "| score: interquartile mean |  | 1.00 [0.69, 1.31] |" in text
+    assert f"--time cpu_seconds --page {page}" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("nothing to write between", "has no lines")])
+def test_summary_without_a_place(
+    text: str | None, message: str, two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    if text is not None:
+        page.write_text(text)
+    assert main(["report", "--input", str(two_tasks), "--output", str(tmp_path / "report"), "--page", str(page)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()  # refused before anything was written
 
 
 def test_ablation(two_tasks: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sb3_agpo.benchmark.speed_derivatives import chain_transition_fd, opened, si
 from sb3_agpo.benchmark.speed_learning import MEMORY_LIMIT, QUICK_GROWTH_STEPS, measure_growth, project_memory, replay_bytes
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS, Goal, section_of
 from sb3_agpo.benchmark.speed_profile import PARTS, Stopwatches, watch_model
-from sb3_agpo.benchmark.speed_records import COLUMNS, markdown, number, read, write
+from sb3_agpo.benchmark.speed_records import COLUMNS, joined_circumstances, markdown, number, read, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians, compare, timed, torch_threads
 from sb3_agpo.benchmark.speed_updates import BATCH_SIZE, SACStopwatch, make_learners
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
@@ -205,6 +205,15 @@ class TestFiles:
     @pytest.mark.parametrize(("value", "text"), [(123456.0, "123500"), (0.00012346, "0.0001235"), (2.0, "2"), (10.5, "10.5")])
     def test_numbers(self, value: float, text: str) -> None:
         assert number(value) == text
+
+    def test_loads_are_joined(self) -> None:
+        texts = [
+            "a, Abacus {1} (load 1.5), b",
+            "a, Abacus {1} (load 0.9), b",
+            "a, Abacus {1} (load 1.5), b",
+            "c (load nan), d",
+        ]
+        assert joined_circumstances(texts) == ["a, Abacus {1} (load 0.9 to 1.5), b", "c (load nan to nan), d"]
 
     def test_table(self) -> None:
         slow = {Case("jacobian", "Hopper-v5", 1, 1): Medians(3.0, 2.0), Case("columns", "Ant-v5", 1, 1): Medians(35, 37)}

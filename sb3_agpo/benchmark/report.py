@@ -6,21 +6,19 @@ import argparse
 import functools
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sb3_agpo.benchmark import figures
 from sb3_agpo.benchmark.algorithms import find_algorithm
+from sb3_agpo.benchmark.markdown import NONE, estimate, labels, number, table
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
 from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
-from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean, mean
+from sb3_agpo.benchmark.statistics import interquartile_mean, mean
+from sb3_agpo.benchmark.summary import update_summary
 
-Array = NDArray[np.float64]
-
-NONE = "–"  # in an empty cell
 #: AGPO among the others: with and without gradient matching
 MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
 
@@ -46,59 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
     add("--time", choices=["seconds", "cpu_seconds"], default="seconds", help="clock of the figure (default: %(default)s)")
     add("--steps", type=int, help="compare runs after so many environment steps, or at their end if that is sooner")
+    add("--page", type=Path, help="page whose summary is written anew, between the lines <!-- summary: begin --> and its end")
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
-
-
-def number(value: float) -> str:
-    """
-    Write a number with about three digits.
-
-    :param value: the number
-    :return: text, a dash if it is not finite
-    """
-    if not np.isfinite(value):
-        return NONE
-    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """
-    Write a Markdown table.
-
-    :param head: column names
-    :param rows: cells; all columns but the first are aligned to the right
-    :return: text ending with an empty line
-    """
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
-
-
-def estimate(strata: Sequence[Array], statistic: Callable[[Array, int], Array]) -> str:
-    """
-    Write a statistic with its 95 % bootstrap interval.
-
-    :param strata: values of the runs of each task
-    :param statistic: of an array along an axis
-    :return: for example ``1.02 [0.95, 1.10]``; without an interval if there is but one run of each task
-    """
-    if not strata:
-        return NONE
-    center = number(float(statistic(np.concatenate(strata), 0)))
-    if max(len(stratum) for stratum in strata) < 2:
-        return center
-    low, high = bootstrap_interval(strata, statistic)
-    return f"{center} [{number(float(low))}, {number(float(high))}]"
-
-
-def labels(results: Results, algorithms: Sequence[str]) -> list[str]:
-    """
-    Names of algorithms as shown.
-
-    :param results: the runs
-    :param algorithms: names in the CSV file
-    :return: names in tables and legends
-    """
-    return [figures.style_of(algorithm, results.algorithms).label for algorithm in algorithms]
 
 
 def names_in_file(results: Results, algorithms: Sequence[str]) -> str:
@@ -258,6 +205,16 @@ def write_figures(results: Results, algorithms: Sequence[str], folder: Path, tim
     return pictures
 
 
+def main_algorithms(results: Results) -> list[str]:
+    """
+    The algorithms to be compared with each other: all but those of the ablation, if there are others.
+
+    :param results: the runs
+    :return: their names
+    """
+    return [name for name in results.algorithms if name not in ABLATIONS or name in MAIN_VARIANTS] or results.algorithms
+
+
 def write(results: Results, folder: Path, time: str, command: str) -> Path:
     """
     Write the report and its figures.
@@ -269,7 +226,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
     :return: the Markdown file
     """
     folder.mkdir(parents=True, exist_ok=True)
-    algorithms = [name for name in results.algorithms if name not in ABLATIONS or name in MAIN_VARIANTS] or results.algorithms
+    algorithms = main_algorithms(results)
     baseline = labels(results, [results.baseline])[0]
     pictures = [f"![{caption}]({name})\n\n" for name, caption in write_figures(results, algorithms, folder, time)]
     parts = [
@@ -318,7 +275,10 @@ def main(options: argparse.Namespace) -> int:
     command += ["--algorithms", *options.algorithms] if options.algorithms else []
     command += ["--time", options.time] if options.time != "seconds" else []
     command += ["--steps", str(options.steps)] if options.steps is not None else []
+    command += ["--page", str(options.page)] if options.page else []
     command += ["--live"] if options.live else []
+    if options.page:
+        update_summary(options.page, results, main_algorithms(results), options.time)
     path = write(results, options.output, options.time, shlex.join(command))
     for note in results.notes:
         print(f"note: {note}")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS
-from sb3_agpo.benchmark.speed_records import markdown, read, write
+from sb3_agpo.benchmark.speed_records import joined_circumstances, markdown, read, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, torch_threads
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 
@@ -103,7 +103,7 @@ def main(options: argparse.Namespace) -> int:
             results[case] = MEASURES[case.measure].measure(case, effort)
             remember(notes, case, options.clock)
             write(output, results)
-    texts = sorted(set(_read_notes(notes).values()))
+    texts = joined_circumstances(_read_notes(notes).values())
     if page is not None:
         records.update_page(page.absolute(), "speed", markdown(results, texts))
     print(markdown({case: results[case] for case in cases}, texts))

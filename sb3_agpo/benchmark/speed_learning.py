@@ -23,6 +23,8 @@ from sb3_agpo.dynamics.mujoco import FiniteDifferences
 STEPS, QUICK_STEPS = 128, 64
 #: steps of the warm-up; the defaults would only make it longer
 LEARNING_STARTS = 100
+#: more than is collected while speed is measured; a million steps of every row's models may not fit into memory
+BUFFER_SIZE = 10_000
 #: memory that a run of a million steps may take, in MB
 MEMORY_LIMIT = 4000.0
 #: environment steps of the run that is projected
@@ -82,8 +84,8 @@ def _warmed_up(algorithm: type[OffPolicyAlgorithm], case: Case, **changes: Any) 
     """A model after its warm-up."""
     if issubclass(algorithm, AGPO):
         changes["finite_differences"] = FiniteDifferences(threads=case.threads)
-    arguments: dict[str, Any] = {"seed": 0, "device": "cpu", "learning_starts": LEARNING_STARTS, **changes}
-    model = algorithm("MlpPolicy", case.task, **arguments)
+    common: dict[str, Any] = {"seed": 0, "device": "cpu", "learning_starts": LEARNING_STARTS, "buffer_size": BUFFER_SIZE}
+    model = algorithm("MlpPolicy", case.task, **common, **changes)
     with torch_threads(case.threads):
         return model.learn(LEARNING_STARTS)
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.report import table
+from sb3_agpo.benchmark.markdown import table
 from sb3_agpo.benchmark.speed_measures import MEASURES, section_of
 from sb3_agpo.benchmark.speed_timing import Case, Medians
 
+LOAD = re.compile(r"\(load ([\d.]+|nan)\)")
 COLUMNS = ("measure", "task", "n_envs", "threads", "ours", "reference", "ratio")
 
 Results = dict[Case, Medians]
@@ -90,6 +93,20 @@ def markdown(results: Mapping[Case, Medians], circumstances: Iterable[str]) -> s
         head = ("measured", "task", "envs", "threads", "ours", "reference", "ratio", "goal", "reached")
         parts.append(f"**{section}**\n\n{table(head, rows)}")
     return "".join(parts) + "".join(f"Measured: {text}.\n" for text in circumstances)
+
+
+def joined_circumstances(texts: Iterable[str]) -> list[str]:
+    """
+    Circumstances that differ in the machine's load alone, in one text.
+
+    :param texts: each with ``(load NUMBER)``
+    :return: each once, with ``(load LEAST to MOST)``
+    """
+    loads: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for text in texts:
+        before, load, after = LOAD.split(text)
+        loads[before, after].append(float(load))
+    return sorted(f"{before}(load {min(found):g} to {max(found):g}){after}" for (before, after), found in loads.items())
 
 
 def _cells(case: Case, medians: Medians) -> tuple[str, ...]:
