@@ -197,7 +197,7 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert main(["report", *arguments]) == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- summary: begin -->\n| task | steps | SAC |") and text.endswith("end -->\nafter\n")
-    assert "old" not in text and text.count("SAC's return after: ") == 4
+    assert "old" not in text and text.count(", to SAC's return") == 4
     # Columns in the order SAC, PPO, AGPO with matching, AGPO with batch normalisation
     hopper = "100 (2) | **3,000 (1)** | 250 (2) | – | 15k, 90 s | 15k, 30 s | 10k, 20 s | –"
     assert f"| Hopper-v5 | 15k | {hopper} |" in text

@@ -24,7 +24,7 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
     :return: Markdown; the best return of each task is bold, the number of seeds in parentheses
     """
     names, (baseline,) = labels(results, algorithms), labels(results, [results.baseline])
-    head = ["task", "steps", *names, *(f"{baseline}'s return after: {name}" for name in names)]
+    head = ["task", "steps", *names, *(f"{name}, to {baseline}'s return" for name in names)]
     rows = []
     for task in results.tasks:
         reached = [results.reach(algorithm, task) for algorithm in algorithms]
