@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.markdown import number
 from sb3_agpo.benchmark.report import stock_settings
 from sb3_agpo.benchmark.results import Reached, load
 from sb3_agpo.benchmark.statistics import bootstrap_interval, first_reached, interquartile_mean, mean, performance_profile
+from sb3_agpo.benchmark.summary import summary_table
+from sb3_agpo.benchmark.tables import number
 
 HOPPER, CHEETAH = "Hopper-v5", "HalfCheetah-v5"
 
@@ -197,7 +198,7 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert main(["report", *arguments]) == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- summary: begin -->\n| task | steps | SAC |") and text.endswith("end -->\nafter\n")
-    assert "old" not in text and text.count(", to SAC's return") == 4
+    assert "old" not in text and text.count(": to SAC's return (steps, processor time)") == 4
     # Columns in the order SAC, PPO, AGPO with matching, AGPO with batch normalisation
     hopper = "100 (2) | **3,000 (1)** | 250 (2) | – | 15k, 90 s | 15k, 30 s | 10k, 20 s | –"
     assert f"| Hopper-v5 | 15k | {hopper} |" in text
@@ -205,6 +206,15 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert f"| HalfCheetah-v5 | 10k | {cheetah} |" in text
     assert "| score: interquartile mean |  | 1.00 [0.69, 1.31] |" in text
     assert f"--time cpu_seconds --page {page}" in (tmp_path / "report.md").read_text()
+
+
+def test_summary_without_the_baseline(two_tasks: Path) -> None:
+    """Nobody can get to a return that is not there."""
+    rows = [line for line in two_tasks.read_text().splitlines() if not line.startswith(f"sac,{HOPPER}")]
+    two_tasks.write_text("\n".join([*rows, ""]))
+    text = summary_table(load(two_tasks), ["sac", "agpo-adaptive"], "seconds")
+    assert "| Hopper-v5 | 15k | – | **250 (2)** | – | – |" in text
+    assert "(steps, time)" in text and "| 10k, 10 s | 10k, 10 s |" in text
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("nothing to write between", "has no lines")])

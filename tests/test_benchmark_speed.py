@@ -19,10 +19,17 @@ from sb3_agpo.agpo.policies import EnsembleLinear
 from sb3_agpo.benchmark import speed_updates
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.speed_derivatives import chain_transition_fd, opened, simulation_alone
-from sb3_agpo.benchmark.speed_learning import MEMORY_LIMIT, QUICK_GROWTH_STEPS, measure_growth, project_memory, replay_bytes
+from sb3_agpo.benchmark.speed_learning import (
+    MEMORY_LIMIT,
+    QUICK_GROWTH_STEPS,
+    measure_growth,
+    measure_matmul_precision,
+    project_memory,
+    replay_bytes,
+)
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS, Goal, section_of
 from sb3_agpo.benchmark.speed_profile import PARTS, Stopwatches, watch_model
-from sb3_agpo.benchmark.speed_records import COLUMNS, joined_circumstances, markdown, number, read, write
+from sb3_agpo.benchmark.speed_records import COLUMNS, four_digits, joined_circumstances, read, tables, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, Medians, compare, timed, torch_threads
 from sb3_agpo.benchmark.speed_updates import BATCH_SIZE, SACStopwatch, make_learners
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
@@ -204,20 +211,15 @@ class TestFiles:
 
     @pytest.mark.parametrize(("value", "text"), [(123456.0, "123500"), (0.00012346, "0.0001235"), (2.0, "2"), (10.5, "10.5")])
     def test_numbers(self, value: float, text: str) -> None:
-        assert number(value) == text
+        assert four_digits(value) == text
 
     def test_loads_are_joined(self) -> None:
-        texts = [
-            "a, Abacus {1} (load 1.5), b",
-            "a, Abacus {1} (load 0.9), b",
-            "a, Abacus {1} (load 1.5), b",
-            "c (load nan), d",
-        ]
-        assert joined_circumstances(texts) == ["a, Abacus {1} (load 0.9 to 1.5), b", "c (load nan to nan), d"]
+        texts = ["a, Abacus (load 1.5), b", "a, Abacus (load 0.9), b", "a, Abacus (load 1.5), b", "c (load nan), d", "e"]
+        assert joined_circumstances(texts) == ["a, Abacus, b (load 0.9 to 1.5)", "c (load nan), d", "e"]
 
     def test_table(self) -> None:
         slow = {Case("jacobian", "Hopper-v5", 1, 1): Medians(3.0, 2.0), Case("columns", "Ant-v5", 1, 1): Medians(35, 37)}
-        text = markdown(slow, ["2020-02-02"])
+        text = tables(slow, ["2020-02-02"])
         assert text.index("**jacobian**") < text.index("**columns**") and text.endswith("Measured: 2020-02-02.\n")
         assert "| Hopper-v5 | 1 | 1 | 3 | 2 | 1.50 | ≤ 1.25 | **no** |" in text
         assert "| Ant-v5 | 1 | 1 | 35 | 37 | 0.95 |  |  |" in text
@@ -258,10 +260,23 @@ class TestCommand:
         assert speed("--sections", section, "--tasks", task, "--n-envs", "1") == 0
         results = read(Path("speed.csv"))
         assert len(results) == n_rows and all(min(medians) > 0.0 for medians in results.values())
-        assert th.get_float32_matmul_precision() == "highest"  # put back
         if section == "profile":
             shares = [medians.ours / medians.reference for case, medians in results.items() if case.measure != "profile_limit"]
             assert sum(shares) == pytest.approx(1.0, abs=0.01)
+
+    def test_precision_of_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both sides learn as often, at the precision they are named after; then it is put back."""
+        found: list[str] = []
+        learn = SAC.learn
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            found.append(th.get_float32_matmul_precision())
+            return learn(*args, **kwargs)
+
+        monkeypatch.setattr(SAC, "learn", watched)
+        measure_matmul_precision(Case("learn_medium_sac", "Hopper-v5", 1, 1), Effort(0.0, 1, quick=True), SAC)
+        assert found == ["highest", "medium", "highest", "medium", "highest"]  # warm-up, once beforehand, once measured
+        assert th.get_float32_matmul_precision() == "highest"
 
     def test_memory(self) -> None:
         effort = Effort(quick=True)

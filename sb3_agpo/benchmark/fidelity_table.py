@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sb3_agpo.benchmark.fidelity_metrics import ReferenceQuality
-from sb3_agpo.benchmark.markdown import NONE, table
 from sb3_agpo.benchmark.records import Row
+from sb3_agpo.benchmark.tables import NONE, table
 
 AS_SAVED = "as saved"  # critics that were not refitted
 

@@ -74,6 +74,17 @@ def style_of(algorithm: str, algorithms: Sequence[str]) -> Style:
     return Style(algorithm, SPARE_COLORS[index % len(SPARE_COLORS)], line, "dhp*"[index % 4])
 
 
+def labels(results: Results, algorithms: Sequence[str]) -> list[str]:
+    """
+    Names of algorithms as shown.
+
+    :param results: the runs
+    :param algorithms: names in the CSV file
+    :return: names in tables and legends
+    """
+    return [style_of(algorithm, results.algorithms).label for algorithm in algorithms]
+
+
 def _draw(axes: Axes, x: Array, center: Array, band: tuple[Array, Array] | None, style: Style) -> None:
     """
     Draw one curve.

@@ -189,9 +189,32 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def markers(name: str) -> tuple[str, str]:
+    """
+    The lines of a page between which a text is written anew.
+
+    :param name: of the text
+    :return: first and last line
+    """
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def check_markers(page: Path, name: str) -> None:
+    """
+    See to it that a page has a place for a text.
+
+    :param page: Markdown file
+    :param name: of the text
+    :raises ValueError: if the page has no markers
+    """
+    begin, end = markers(name)
+    if not re.search(f"{begin}.*{end}", page.read_text(), re.DOTALL):
+        raise ValueError(f"--page: {page} has no lines {begin} and {end} to write between; add them")
+
+
 def update_page(page: Path, name: str, text: str) -> None:
     """
-    Write a text between the lines ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page.
+    Write a text between its markers on a page.
 
     :param page: left alone if it does not exist
     :param name: of the markers
@@ -200,11 +223,10 @@ def update_page(page: Path, name: str, text: str) -> None:
     """
     if not page.exists():
         return
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    old = page.read_text()
-    if begin not in old or end not in old:
-        raise ValueError(f"--page: {page} has no lines {begin} and {end} to write between; add them")
-    replace_file(page, re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text.rstrip()}\n{end}", old, flags=re.DOTALL))
+    check_markers(page, name)
+    begin, end = markers(name)
+    new = f"{begin}\n{text.rstrip()}\n{end}"
+    replace_file(page, re.sub(f"{begin}.*{end}", lambda _: new, page.read_text(), flags=re.DOTALL))
 
 
 def partial_folder(output: Path) -> Path:

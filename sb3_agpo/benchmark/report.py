@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sb3_agpo.benchmark import figures
+from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.algorithms import find_algorithm
-from sb3_agpo.benchmark.markdown import NONE, estimate, labels, number, table
+from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
 from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
 from sb3_agpo.benchmark.statistics import interquartile_mean, mean
-from sb3_agpo.benchmark.summary import update_summary
+from sb3_agpo.benchmark.summary import MARKER, check_page, update_summary
+from sb3_agpo.benchmark.tables import NONE, estimate, highlighted, number, table
 
 #: AGPO among the others: with and without gradient matching
 MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
@@ -42,9 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=default, help="folder for report.md and the figures (default: %(default)s)")
     add("--baseline", default="sac", help="algorithm with a normalised score of 1 (default: %(default)s)")
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
-    add("--time", choices=["seconds", "cpu_seconds"], default="seconds", help="clock of the figure (default: %(default)s)")
+    add(
+        "--time",
+        choices=["seconds", "cpu_seconds"],
+        default="seconds",
+        help="clock of the figure and of --page (default: %(default)s)",
+    )
     add("--steps", type=int, help="compare runs after so many environment steps, or at their end if that is sooner")
-    add("--page", type=Path, help="page whose summary is written anew, between the lines <!-- summary: begin --> and its end")
+    add("--page", type=Path, help=f"page to write a summary into, between the lines {' and '.join(records.markers(MARKER))}")
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
 
 
@@ -71,12 +77,9 @@ def final_table(results: Results, algorithms: Sequence[str]) -> str:
     rows = []
     for task in results.tasks:
         finals = [results.final(algorithm, task) for algorithm in algorithms]
-        best = max((float(mean(final)) for final in finals if len(final)), default=np.nan)
-        cells = [f"{task}, {results.budgets[task] / 1000:g}k steps"]
-        for final in finals:
-            text = f"{estimate([final], mean)} ({len(final)})" if len(final) else NONE
-            cells.append(f"**{text}**" if len(final) and float(mean(final)) == best else text)
-        rows.append([*cells, number(results.random.get(task, np.nan))])
+        texts = [f"{estimate([final], mean)} ({len(final)})" if len(final) else NONE for final in finals]
+        title = f"{task}, {results.budgets[task] / 1000:g}k steps"
+        rows.append([title, *highlighted(texts, finals), number(results.random.get(task, np.nan))])
     if results.scored_tasks:
         scores = [results.scores(algorithm) for algorithm in algorithms]
         n_tasks = len(results.scored_tasks)
@@ -278,8 +281,10 @@ def main(options: argparse.Namespace) -> int:
     command += ["--page", str(options.page)] if options.page else []
     command += ["--live"] if options.live else []
     if options.page:
-        update_summary(options.page, results, main_algorithms(results), options.time)
+        check_page(options.page)
     path = write(results, options.output, options.time, shlex.join(command))
+    if options.page:
+        update_summary(options.page, results, main_algorithms(results), options.time)
     for note in results.notes:
         print(f"note: {note}")
     print(f"wrote {path}")

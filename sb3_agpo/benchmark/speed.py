@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.speed_measures import MEASURES, SECTIONS
-from sb3_agpo.benchmark.speed_records import joined_circumstances, markdown, read, write
+from sb3_agpo.benchmark.speed_records import joined_circumstances, read, tables, write
 from sb3_agpo.benchmark.speed_timing import Case, Effort, torch_threads
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 
@@ -105,8 +105,8 @@ def main(options: argparse.Namespace) -> int:
             write(output, results)
     texts = joined_circumstances(_read_notes(notes).values())
     if page is not None:
-        records.update_page(page.absolute(), "speed", markdown(results, texts))
-    print(markdown({case: results[case] for case in cases}, texts))
+        records.update_page(page.absolute(), "speed", tables(results, texts))
+    print(tables({case: results[case] for case in cases}, texts))
     return 0
 
 

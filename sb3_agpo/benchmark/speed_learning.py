@@ -1,4 +1,4 @@
-"""Whole runs: environment steps per second of ``learn`` and memory, beside SB3's SAC, each at its own defaults."""
+"""Whole runs: environment steps per second of ``learn``, and memory, beside SAC, each with the updates of its defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sb3_agpo.dynamics.mujoco import FiniteDifferences
 STEPS, QUICK_STEPS = 128, 64
 #: steps of the warm-up; the defaults would only make it longer
 LEARNING_STARTS = 100
-#: more than is collected while speed is measured; a million steps of every row's models may not fit into memory
+#: transitions kept while speed is measured: a million of every row's models may not fit into memory
 BUFFER_SIZE = 10_000
 #: memory that a run of a million steps may take, in MB
 MEMORY_LIMIT = 4000.0
@@ -44,6 +44,7 @@ def measure_learning(case: Case, effort: Effort, **changes: Any) -> Medians:
     """
     ours, reference = _warmed_up(AGPO, case, **changes), _warmed_up(SAC, case)
     n_steps, clock = QUICK_STEPS if effort.quick else STEPS, effort.clock(case.threads)
+    assert isinstance(ours, AGPO) and n_steps % ours.rollout_size == 0
     with torch_threads(case.threads):
         ours_seconds, reference_seconds = compare(
             timed(lambda: ours.learn(n_steps, reset_num_timesteps=False), clock),
@@ -54,7 +55,7 @@ def measure_learning(case: Case, effort: Effort, **changes: Any) -> Medians:
     return Medians(n_steps / ours_seconds, n_steps / reference_seconds)
 
 
-def measure_products_of_learning(case: Case, effort: Effort, algorithm: type[OffPolicyAlgorithm]) -> Medians:
+def measure_matmul_precision(case: Case, effort: Effort, algorithm: type[OffPolicyAlgorithm]) -> Medians:
     """
     Speed of ``learn`` where PyTorch may choose other routines for matrix products, beside its default.
 

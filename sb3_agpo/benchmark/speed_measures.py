@@ -23,7 +23,7 @@ from sb3_agpo.benchmark.speed_learning import (
     MEMORY_LIMIT,
     measure_growth,
     measure_learning,
-    measure_products_of_learning,
+    measure_matmul_precision,
     project_memory,
 )
 from sb3_agpo.benchmark.speed_profile import PARTS, measure_limit, measure_part
@@ -141,7 +141,7 @@ MEASURES: dict[str, Measure] = {
     ),
     **{
         f"learn_medium_{algorithm.__name__.lower()}": Measure(
-            partial(measure_products_of_learning, algorithm=algorithm),
+            partial(measure_matmul_precision, algorithm=algorithm),
             _STEPS,
             f'`{algorithm.__name__}.learn`, `set_float32_matmul_precision("medium")`',
             '"highest", the default',

@@ -11,11 +11,12 @@ from itertools import groupby
 from pathlib import Path
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.markdown import table
 from sb3_agpo.benchmark.speed_measures import MEASURES, section_of
 from sb3_agpo.benchmark.speed_timing import Case, Medians
+from sb3_agpo.benchmark.tables import table
 
-LOAD = re.compile(r"\(load ([\d.]+|nan)\)")
+#: how busy the machine was, in a note of circumstances
+LOAD = re.compile(r" \(load ([\d.]+)\)")
 COLUMNS = ("measure", "task", "n_envs", "threads", "ours", "reference", "ratio")
 
 Results = dict[Case, Medians]
@@ -53,7 +54,7 @@ def write(path: Path, results: Mapping[Case, Medians]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for case, medians in results.items():
-        writer.writerow([*case, *(number(value) for value in (*medians, ratio(medians)))])
+        writer.writerow([*case, *(four_digits(value) for value in (*medians, ratio(medians)))])
     path.parent.mkdir(parents=True, exist_ok=True)
     records.replace_file(path, text.getvalue())
 
@@ -68,7 +69,7 @@ def ratio(medians: Medians) -> float:
     return medians.ours / medians.reference
 
 
-def number(value: float) -> str:
+def four_digits(value: float) -> str:
     """
     Write a number with four significant digits, and without an exponent.
 
@@ -78,7 +79,7 @@ def number(value: float) -> str:
     return f"{float(f'{value:.4g}'):.10f}".rstrip("0").rstrip(".")
 
 
-def markdown(results: Mapping[Case, Medians], circumstances: Iterable[str]) -> str:
+def tables(results: Mapping[Case, Medians], circumstances: Iterable[str]) -> str:
     """
     Tables of the results, one for each section.
 
@@ -99,14 +100,14 @@ def joined_circumstances(texts: Iterable[str]) -> list[str]:
     """
     Circumstances that differ in the machine's load alone, in one text.
 
-    :param texts: each with ``(load NUMBER)``
+    :param texts: most with ``(load NUMBER)``
     :return: each once, with ``(load LEAST to MOST)``
     """
-    loads: dict[tuple[str, str], list[float]] = defaultdict(list)
+    loads: dict[str, list[float]] = defaultdict(list)
     for text in texts:
-        before, load, after = LOAD.split(text)
-        loads[before, after].append(float(load))
-    return sorted(f"{before}(load {min(found):g} to {max(found):g}){after}" for (before, after), found in loads.items())
+        loads[LOAD.sub("", text)] += [float(load) for load in LOAD.findall(text)]
+    spreads = {text: f" (load {min(found):g} to {max(found):g})" if found else "" for text, found in loads.items()}
+    return sorted(f"{text}{spread}" for text, spread in spreads.items())
 
 
 def _cells(case: Case, medians: Medians) -> tuple[str, ...]:
@@ -114,5 +115,5 @@ def _cells(case: Case, medians: Medians) -> tuple[str, ...]:
     goal, value = measure.goal(case), ratio(medians)
     words = f"{measure.ours} / {measure.reference} ({measure.unit})"
     reached = "" if goal is None else "yes" if goal.is_reached(value) else "**no**"
-    numbers = (number(medians.ours), number(medians.reference), f"{value:.2f}")
+    numbers = (four_digits(medians.ours), four_digits(medians.reference), f"{value:.2f}")
     return words, case.task, str(case.n_envs), str(case.threads), *numbers, str(goal or ""), reached

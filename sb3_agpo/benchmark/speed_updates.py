@@ -162,7 +162,7 @@ def measure_windows(case: Case, effort: Effort) -> Medians:
 
 def measure_products(case: Case, effort: Effort) -> Medians:
     """
-    The matrix products of a critic update and nothing else, which is what no implementation in this precision undercuts.
+    The matrix products of a critic update and nothing else, by the routine that PyTorch takes by default.
 
     :param case: task and threads
     :param effort: how long

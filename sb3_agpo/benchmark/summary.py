@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.markdown import NONE, estimate, labels, number, table
-from sb3_agpo.benchmark.results import Reached, Results
+from sb3_agpo.benchmark.figures import labels
+from sb3_agpo.benchmark.results import Results
 from sb3_agpo.benchmark.statistics import interquartile_mean, mean
+from sb3_agpo.benchmark.tables import NONE, estimate, highlighted, number, table
 
 #: name of the markers on a page
 MARKER = "summary"
+#: columns for times -> as the table calls them
+CLOCKS = {"seconds": "time", "cpu_seconds": "processor time"}
 
 
 def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str:
@@ -24,48 +27,53 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
     :return: Markdown; the best return of each task is bold, the number of seeds in parentheses
     """
     names, (baseline,) = labels(results, algorithms), labels(results, [results.baseline])
-    head = ["task", "steps", *names, *(f"{name}, to {baseline}'s return" for name in names)]
+    head = ["task", "steps", *names, *(f"{name}: to {baseline}'s return (steps, {CLOCKS[time]})" for name in names)]
     rows = []
     for task in results.tasks:
-        reached = [results.reach(algorithm, task) for algorithm in algorithms]
-        known = [len(results.final(algorithm, task)) > 0 for algorithm in algorithms]
-        taken = [_taken(each, time) if runs else NONE for each, runs in zip(reached, known, strict=True)]
-        rows.append([task, _thousands(results.budgets[task]), *_finals(results, algorithms, task), *taken])
+        finals = [results.final(algorithm, task) for algorithm in algorithms]
+        texts = [f"{_return(float(mean(final)))} ({len(final)})" if len(final) else NONE for final in finals]
+        taken = [_taken(results, algorithm, task, time) for algorithm in algorithms]
+        rows.append([task, _thousands(results.budgets[task]), *highlighted(texts, finals), *taken])
     if results.scored_tasks:
         scores = [estimate(results.scores(algorithm), interquartile_mean) for algorithm in algorithms]
         rows.append(["score: interquartile mean", "", *scores, *[""] * len(names)])
     return table(head, rows)
 
 
-def update_summary(page: Path, results: Results, algorithms: Sequence[str], time: str) -> None:
+def check_page(page: Path) -> None:
     """
-    Write the table anew between ``<!-- summary: begin -->`` and ``<!-- summary: end -->``.
+    See to it that there is a page with a place for the table.
 
     :param page: Markdown file
-    :param results: the runs
-    :param algorithms: columns
-    :param time: column of the CSV file for times
-    :raises ValueError: if there is no such page, or it has no such lines
+    :raises ValueError: if there is no such page, or it has no markers
     """
     if not page.exists():
         raise ValueError(f"--page: there is no {page}")
+    records.check_markers(page, MARKER)
+
+
+def update_summary(page: Path, results: Results, algorithms: Sequence[str], time: str) -> None:
+    """
+    Write the table anew between its markers on a page.
+
+    :param page: Markdown file, see :func:`check_page`
+    :param results: the runs
+    :param algorithms: columns
+    :param time: column of the CSV file for times
+    """
     records.update_page(page, MARKER, summary_table(results, algorithms, time))
 
 
-def _finals(results: Results, algorithms: Sequence[str], task: str) -> list[str]:
-    """Mean final returns, the best in bold."""
-    finals = [results.final(algorithm, task) for algorithm in algorithms]
-    means = [float(mean(final)) if len(final) else float("-inf") for final in finals]
-    texts = [f"{_return(value)} ({len(final)})" if len(final) else NONE for value, final in zip(means, finals, strict=True)]
-    return [f"**{text}**" if value == max(means) and text != NONE else text for value, text in zip(means, texts, strict=True)]
+def _taken(results: Results, algorithm: str, task: str, time: str) -> str:
+    """Steps and time to the baseline's final return."""
+    if not len(results.final(results.baseline, task)) or not len(results.final(algorithm, task)):
+        return NONE
+    reached = results.reach(algorithm, task)
+    return f"{_thousands(reached.steps)}, {getattr(reached, time):,.0f} s" if reached else "not reached"
 
 
 def _return(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 else number(value)
-
-
-def _taken(reached: Reached | None, time: str) -> str:
-    return f"{_thousands(reached.steps)}, {getattr(reached, time):,.0f} s" if reached else "not reached"
 
 
 def _thousands(steps: float) -> str:

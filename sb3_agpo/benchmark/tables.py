@@ -1,4 +1,4 @@
-"""Numbers, estimates and tables as Markdown."""
+"""Numbers, estimates and tables as the reports write them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_agpo.benchmark import figures
-from sb3_agpo.benchmark.results import Results
-from sb3_agpo.benchmark.statistics import bootstrap_interval
+from sb3_agpo.benchmark.statistics import bootstrap_interval, mean
 
 Array = NDArray[np.float64]
 
@@ -57,12 +55,14 @@ def estimate(strata: Sequence[Array], statistic: Callable[[Array, int], Array]) 
     return f"{center} [{number(float(low))}, {number(float(high))}]"
 
 
-def labels(results: Results, algorithms: Sequence[str]) -> list[str]:
+def highlighted(texts: Sequence[str], samples: Sequence[Array]) -> list[str]:
     """
-    Names of algorithms as shown.
+    Make the cells with the highest mean bold.
 
-    :param results: the runs
-    :param algorithms: names in the CSV file
-    :return: names in tables and legends
+    :param texts: cells
+    :param samples: values of each cell, none where it is empty
+    :return: cells
     """
-    return [figures.style_of(algorithm, results.algorithms).label for algorithm in algorithms]
+    means = [float(mean(sample)) if len(sample) else -np.inf for sample in samples]
+    best = max(means, default=-np.inf)
+    return [f"**{text}**" if value == best > -np.inf else text for text, value in zip(texts, means, strict=True)]
