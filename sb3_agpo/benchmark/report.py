@@ -284,7 +284,9 @@ def main(options: argparse.Namespace) -> int:
         check_page(options.page)
     path = write(results, options.output, options.time, shlex.join(command))
     if options.page:
-        update_summary(options.page, results, main_algorithms(results), options.time)
+        shown = main_algorithms(results)
+        complete = [name for name in shown if results.complete(name)]
+        update_summary(options.page, results, complete or shown, options.time)
     for note in results.notes:
         print(f"note: {note}")
     print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""One table of the learning benchmark, for pages that have room for no more, such as the README."""
+"""One table of the learning benchmark with its legend, for pages that have room for no more, such as the README."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
     :param results: the runs
     :param algorithms: columns
     :param time: column of the CSV file for times
-    :return: Markdown; the best return of each task is bold, the number of seeds in parentheses
+    :return: Markdown, and what it means; the best return of each task is bold
     """
     names, (baseline,) = labels(results, algorithms), labels(results, [results.baseline])
-    head = ["task", "steps", *names, *(f"{name}: to {baseline}'s return (steps, {CLOCKS[time]})" for name in names)]
+    head = ["task", "steps", *names, *(f"to {baseline}'s return: {name}" for name in names)]
     rows = []
     for task in results.tasks:
         finals = [results.final(algorithm, task) for algorithm in algorithms]
@@ -37,7 +37,12 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
     if results.scored_tasks:
         scores = [estimate(results.scores(algorithm), interquartile_mean) for algorithm in algorithms]
         rows.append(["score: interquartile mean", "", *scores, *[""] * len(names)])
-    return table(head, rows)
+    explained = (
+        "Means over seeds, whose number stands in parentheses. The last columns have environment steps and "
+        f"{CLOCKS[time]} at the first evaluation whose mean reaches {baseline}'s final return. "
+        f"Scores are 0 for random actions and 1 for {baseline}, with a 95 % interval.\n"
+    )
+    return table(head, rows) + explained
 
 
 def check_page(page: Path) -> None:
