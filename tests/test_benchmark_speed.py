@@ -252,7 +252,6 @@ class TestCommand:
             ("vec_env", "Hopper-v5", 2),
             ("updates", "HalfCheetah-v5", 5),
             ("end_to_end", "Hopper-v5", 2),
-            ("precision", "HalfCheetah-v5", 2),
             ("profile", "Hopper-v5", 10),
         ],
     )
