@@ -256,7 +256,10 @@ def test_parsing() -> None:
     assert repr(gate) == "MagnitudeGate(preference=2.0, flatness=1.0)"
     hashes = {find_algorithm("agpo-adaptive", overrides={"gate": gate}).settings_hash() for _ in range(2)}
     assert len(hashes) == 1 and find_algorithm("agpo-adaptive").settings_hash() not in hashes
+    schedule = learning.parse_overrides(["learning_rate=LinearSchedule(1e-3, end=1e-4, end_fraction=1.0)"])["learning_rate"]
+    assert [schedule(remaining) for remaining in (1.0, 0.5, 0.0)] == pytest.approx([1e-3, 5.5e-4, 1e-4])
     for wrong in (
+        "gate=LinearSchedule(1e-3)",
         "gate=MagnitudeGate(-1.0)",
         "gate=MagnitudeGate(x)",
         "gate=MagnitudeGate(wrong=1)",

@@ -17,6 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, create_mlp
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
@@ -282,12 +283,12 @@ def _agpo_settings(name: str) -> dict[str, Any]:
     return {"gradient_mode": mode, "critic_grad_coef": 0.0 if name.endswith(NO_MATCHING) else MATCHING}
 
 
-def gate_of(text: str) -> Any:
+def called(text: str) -> Any:
     """
-    A gate by the call that makes it.
+    A gate or a schedule by the call that makes it.
 
-    :param text: for example ``MagnitudeGate(flatness=1.0)``
-    :return: the gate; None if it is the call of anything else, or none
+    :param text: for example ``MagnitudeGate(flatness=1.0)`` or ``LinearSchedule(1e-3, 1e-4, 1.0)``
+    :return: what the call makes; None if it is the call of anything else, or none
     :raises ValueError: if an argument is no Python literal, or out of range
     :raises TypeError: if there is no such argument
     :raises SyntaxError: if it is no Python expression
@@ -295,8 +296,10 @@ def gate_of(text: str) -> Any:
     from sb3_agpo.agpo import gates
 
     call = ast.parse(text, mode="eval").body
-    kind = getattr(gates, call.func.id, None) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else None
-    if not (isinstance(call, ast.Call) and inspect.isclass(kind) and issubclass(kind, gates.Gate)):
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        return None
+    kind = {"LinearSchedule": LinearSchedule}.get(call.func.id) or getattr(gates, call.func.id, None)
+    if not (kind is LinearSchedule or (inspect.isclass(kind) and issubclass(kind, gates.Gate))):
         return None
     named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     return kind(*map(ast.literal_eval, call.args), **named)

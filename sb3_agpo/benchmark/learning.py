@@ -19,7 +19,7 @@ import gymnasium as gym
 from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, find_algorithm, gate_of, torch_module
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, find_algorithm, torch_module
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
 from sb3_agpo.command_line import check_at_least
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="threads of each run (default: 1)")
     add("--n-envs", type=int, help="training environments of every run (default: the algorithm's own)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", dest="overrides", help=
-        "change constructor arguments of every selected algorithm: a Python literal, a class of torch.nn or a gate; "
+        "change constructor arguments of every selected algorithm: a Python literal, a class of torch.nn, a gate, or "
+        "LinearSchedule(START, END, END_FRACTION); "
         "policy_kwargs.net_arch=[64,64] changes one entry of a dictionary")  # fmt: skip
     add("--label", help="name in the algorithm column, for a single algorithm changed by --set or --n-envs")
     add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
@@ -96,15 +97,15 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def _read_value(key: str, text: str) -> Any:
-    """The value of ``--set``: a Python literal, a class of torch.nn, or a gate."""
+    """The value of ``--set``: a Python literal, a class of torch.nn, a gate, or a schedule."""
     if text.startswith("torch.nn."):
         return torch_module(text)
     try:
-        gate = gate_of(text)
-        return ast.literal_eval(text) if gate is None else gate
+        made = called(text)
+        return ast.literal_eval(text) if made is None else made
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(
-            f"--set {key}: {text} is no Python literal and no gate ({error}); a string needs quotes, {key}=\"'{text}'\""
+            f"--set {key}: {text} is no Python literal, gate or LinearSchedule ({error}); a string needs quotes, {key}=\"'{text}'\""
         ) from None
 
 
