@@ -105,7 +105,8 @@ def _read_value(key: str, text: str) -> Any:
         return ast.literal_eval(text) if made is None else made
     except (ValueError, SyntaxError, TypeError) as error:
         raise ValueError(
-            f"--set {key}: {text} is no Python literal, gate or LinearSchedule ({error}); a string needs quotes, {key}=\"'{text}'\""
+            f"--set {key}: {text} is no Python literal, gate or LinearSchedule ({error}); "
+            f"a string needs quotes, {key}=\"'{text}'\""
         ) from None
 
 
