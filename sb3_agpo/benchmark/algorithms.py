@@ -39,6 +39,17 @@ BATCH_NORM = "agpo-batch-norm"
 BATCH_NORM_UPDATES: dict[str, Any] = {"learning_rate": 1e-3, "train_freq": 4}
 BATCH_NORM_SETTINGS: dict[str, Any] = {**BATCH_NORM_UPDATES, "policy_delay": 4, "policy_kwargs": {"normalization": "batch"}}
 
+# ``agpo-two-updates``: half as many updates as the defaults, with steps twice as large at first, which become smaller.
+TWO_UPDATES = "agpo-two-updates"
+TWO_UPDATES_SETTINGS: dict[str, Any] = {
+    "learning_rate": LinearSchedule(6e-4, 6e-5, 1.0),
+    "train_freq": 2,
+    "policy_delay": 8,
+    "tau": 0.01,
+}
+# Variants of AGPO that are no ablation, and what they change
+VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, TWO_UPDATES: TWO_UPDATES_SETTINGS}
+
 GRADIENT_MODES = ("adaptive", "analytic", "q")
 NO_MATCHING = "-nomatch"  # as AGPO's defaults are
 MATCHING = 1.0  # weight of gradient matching otherwise
@@ -46,7 +57,7 @@ RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
 WINDOWS = "-windows"  # the same without replayed policy updates: fresh windows are all that the policy learns from
 WINDOWS_NAMES = tuple(f"agpo-{mode}{WINDOWS}" for mode in GRADIENT_MODES)
-NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, *WINDOWS_NAMES, BATCH_NORM)
+NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, *WINDOWS_NAMES, *VARIANTS)
 
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
@@ -260,7 +271,7 @@ def _stock_algorithm(name: str) -> AlgorithmSpec:
         policy_kwargs = {"activation_fn": FAST_ACTIVATION, "net_arch": [256, 256]}
         kwargs = {**common, **FAST_SETTINGS, **BATCH_NORM_UPDATES, "policy_kwargs": policy_kwargs}
         return AlgorithmSpec(name, CrossQ, FAST_N_ENVS, kwargs)
-    if name in (*AGPO_NAMES, *WINDOWS_NAMES, BATCH_NORM):
+    if name in (*AGPO_NAMES, *WINDOWS_NAMES, *VARIANTS):
         # Only here, so that the baselines run without it.
         from sb3_agpo import AGPO
 
@@ -272,11 +283,11 @@ def _agpo_settings(name: str) -> dict[str, Any]:
     """
     What a variant of AGPO is made of.
 
-    :param name: one of ``AGPO_NAMES``, ``WINDOWS_NAMES`` or ``BATCH_NORM``
+    :param name: one of ``AGPO_NAMES``, ``WINDOWS_NAMES`` or ``VARIANTS``
     :return: constructor arguments
     """
-    if name == BATCH_NORM:
-        return BATCH_NORM_SETTINGS
+    if name in VARIANTS:
+        return VARIANTS[name]
     mode = name.removeprefix("agpo-").removesuffix(NO_MATCHING).removesuffix(WINDOWS)
     if name.endswith(WINDOWS):
         return {"gradient_mode": mode, "critic_grad_coef": 0.0, "policy_delay": 0}

@@ -41,6 +41,7 @@ STYLES = {
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
     "crossq-fast": Style("CrossQ, settings of AGPO with batch norm.", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
+    "agpo-two-updates": Style("AGPO, two updates", "#8C510A", "-.", "h"),
     "agpo-batch-norm": Style("AGPO, batch normalisation", "#762A83", "-.", "p"),
     "agpo-analytic": Style("AGPO, analytic, matching", "#000000", ":", "X"),
     "agpo-q": Style("AGPO, critic only, matching", "#7F7F7F", ":", "<"),
@@ -52,7 +53,7 @@ STYLES = {
     "agpo-q-windows": Style("AGPO, critic only, windows alone", "#7F7F7F", "-.", "<"),
 }
 # For names that the table does not know, in order; they go on with dashes when the colours are used up.
-SPARE_COLORS = ("#000000", "#7F7F7F", "#8C510A", "#1B7837")
+SPARE_COLORS = ("#000000", "#7F7F7F", "#1B7837", "#6B6B00")
 SPARE_LINES: tuple[LineStyle, ...] = ("-", "--", ":", "-.")
 
 TIME_LABELS = {"seconds": "seconds of learning", "cpu_seconds": "processor seconds of learning"}

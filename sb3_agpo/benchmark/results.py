@@ -19,7 +19,7 @@ RANDOM = "random"
 VARIANTS = ("", "-nomatch", "-windows")
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
-ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-batch-norm")
+ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-two-updates", "agpo-batch-norm")
 
 
 @dataclass(frozen=True)
