@@ -309,7 +309,7 @@ def called(text: str) -> Any:
     call = ast.parse(text, mode="eval").body
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
         return None
-    kind = {"LinearSchedule": LinearSchedule}.get(call.func.id) or getattr(gates, call.func.id, None)
+    kind = LinearSchedule if call.func.id == "LinearSchedule" else getattr(gates, call.func.id, None)
     if not (kind is LinearSchedule or (inspect.isclass(kind) and issubclass(kind, gates.Gate))):
         return None
     named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
