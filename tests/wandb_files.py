@@ -50,7 +50,7 @@ def read_records(path: Path) -> Iterator[Any]:
     Read a ``.wandb`` file: seven bytes, then the pieces of a LevelDB log, of which one or more make a record.
 
     :param path: the file
-    :return: its records
+    :return: its records; one that is not wholly written yet is left out
     """
     data, position, pieces = path.read_bytes(), 7, b""
     assert data[:4] in (b":W&B", b"")
@@ -59,6 +59,8 @@ def read_records(path: Path) -> Iterator[Any]:
             position += BLOCK - position % BLOCK
             continue
         _checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # wandb's own process is still writing it
+            return
         pieces += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (WHOLE, LAST):
