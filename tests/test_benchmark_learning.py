@@ -21,6 +21,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
 import sb3_agpo
+from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
+from sb3_agpo.agpo.gates import DEFAULT_GATE
 from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
@@ -289,6 +291,14 @@ def test_settings_hash() -> None:
     assert spec.settings_hash() != find_algorithm("sac", overrides={"policy_kwargs.use_expln": True}).settings_hash()
     # Writing a default down changes nothing.
     assert spec.settings_hash() == find_algorithm("sac", overrides={"tau": 0.005}).settings_hash()
+
+
+def test_settings_hold_what_agpo_chooses() -> None:
+    """A default that becomes another one is another setting, even where the argument is None."""
+    for rollout_epochs, policy_delay in ((4, POLICY_DELAY_BESIDE_WINDOWS), (0, 1)):
+        spec = find_algorithm("agpo-adaptive-nomatch", overrides={"rollout_epochs": rollout_epochs})
+        arguments = spec.settings()["arguments"]
+        assert arguments["policy_delay"] == policy_delay and arguments["gate"] == repr(DEFAULT_GATE())
 
 
 def test_overrides_leave_the_algorithm_alone() -> None:

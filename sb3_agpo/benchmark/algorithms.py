@@ -158,11 +158,8 @@ class AlgorithmSpec:
         for name in ("observation_space", "action_space", "lr_schedule"):
             policy_arguments.pop(name, None)
         arguments["policy_kwargs"] = policy_arguments
-        if self.own and arguments["gradient_mode"] == "adaptive" and arguments["gate"] is None:
-            # What None stands for is a setting, too
-            from sb3_agpo.agpo.gates import DEFAULT_GATE
-
-            arguments["gate"] = DEFAULT_GATE()
+        if self.own:
+            arguments |= _own_choices(arguments)
         return {"algorithm": _plain(self.algorithm), "n_envs": self.n_envs, "arguments": _plain(arguments)}
 
     def settings_hash(self) -> str:
@@ -193,6 +190,25 @@ def _defaults(constructed: type) -> dict[str, Any]:
         for parameter in parameters
         if parameter.name not in NOT_SETTINGS and parameter.default is not inspect.Parameter.empty
     }
+
+
+def _own_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What AGPO chooses where an argument is None: a setting, too.
+
+    :param arguments: constructor arguments of AGPO
+    :return: those that are None, as AGPO takes them on the tasks of the benchmark
+    """
+    # Only here, so that the baselines run without it.
+    from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
+    from sb3_agpo.agpo.gates import DEFAULT_GATE
+
+    chosen: dict[str, Any] = {}
+    if arguments["gradient_mode"] == "adaptive" and arguments["gate"] is None:
+        chosen["gate"] = DEFAULT_GATE()
+    if arguments["policy_delay"] is None:
+        chosen["policy_delay"] = POLICY_DELAY_BESIDE_WINDOWS if arguments["rollout_epochs"] > 0 else 1
+    return chosen
 
 
 def _plain(value: Any) -> Any:
