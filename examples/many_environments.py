@@ -13,7 +13,7 @@ parser.add_argument("--n-envs", type=int, default=8, help="copies of the environ
 options = parser.parse_args()
 
 env = VecNormalize(make_mujoco_vec_env("HalfCheetah-v5", n_envs=options.n_envs, seed=0))
-# One critic update per transition: -1 stands for as many as were collected (a single environment makes four)
+# One critic update per transition: -1 stands for as many as were collected (a single environment makes two)
 model = AGPO("MlpPolicy", env, gradient_steps=-1, seed=0, verbose=1)
 model.learn(options.steps, log_interval=options.n_envs)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
@@ -279,7 +280,8 @@ def test_every_algorithm_is_defined() -> None:
     assert [name for name, spec in specs.items() if spec.own] == [name for name in NAMES if name.startswith("agpo")]
     assert specs["agpo-q-nomatch"].kwargs["gradient_mode"] == "q"
     assert specs["agpo-q-nomatch"].kwargs["critic_grad_coef"] == 0
-    assert specs["agpo-q-windows"].kwargs == specs["agpo-q-nomatch"].kwargs | {"policy_delay": 0}
+    four = specs["agpo-four-updates"].kwargs
+    assert specs["agpo-q-windows"].kwargs == four | {"gradient_mode": "q", "critic_grad_coef": 0.0, "policy_delay": 0}
     assert specs["agpo-analytic"].kwargs["critic_grad_coef"] > 0
 
 
@@ -299,6 +301,12 @@ def test_settings_hold_what_agpo_chooses() -> None:
         spec = find_algorithm("agpo-adaptive-nomatch", overrides={"rollout_epochs": rollout_epochs})
         arguments = spec.settings()["arguments"]
         assert arguments["policy_delay"] == policy_delay and arguments["gate"] == repr(DEFAULT_GATE())
+    for learning_rate, critic_learning_rate in (
+        (1e-3, 2e-3),
+        (LinearSchedule(1e-3, 0, 1), f"2.0 * {LinearSchedule(1e-3, 0, 1)}"),
+    ):
+        spec = find_algorithm("agpo-adaptive-nomatch", overrides={"learning_rate": learning_rate})
+        assert spec.settings()["arguments"]["critic_learning_rate"] == critic_learning_rate
 
 
 def test_overrides_leave_the_algorithm_alone() -> None:

@@ -207,6 +207,33 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert f"--time cpu_seconds --page {page}" in (tmp_path / "report.md").read_text()
 
 
+def test_times_reckoned_from_costs(two_tasks: Path, tmp_path: Path) -> None:
+    """Steps times the cost of one, by the settings and not by the name; what is missing is named."""
+    runs = [run("sac", env, seed, [0, 0], second=7 + 2 * seed) for env in (HOPPER, CHEETAH) for seed in (0, 1)]
+    ours = [run("label", env, 0, [0, 0], settings=stock_settings("agpo-adaptive"), second=3) for env in (HOPPER, CHEETAH)]
+    costs = write_csv(tmp_path / "costs.csv", *runs, *ours)
+    results = load(two_tasks, costs=costs)
+    for algorithm, cost in (("sac", 8e-3), ("agpo-adaptive", 3e-3)):
+        for task in (HOPPER, CHEETAH):
+            reached = results.reach(algorithm, task)
+            assert reached is not None
+            assert reached.seconds == pytest.approx(cost * reached.steps)
+            assert reached.cpu_seconds == pytest.approx(2 * cost * reached.steps)
+    arguments = ["--input", str(two_tasks), "--output", str(tmp_path), "--costs", str(costs)]
+    assert main(["report", *arguments]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "in short runs made side by side (`costs.csv`)" in text and f"--costs {costs}" in text
+
+    write_csv(costs, *runs, ours[0])
+    with pytest.raises(ValueError, match=f"`agpo-adaptive` \\({stock_settings('agpo-adaptive')}\\) on {CHEETAH}"):
+        load(two_tasks, costs=costs)
+    write_csv(costs, *runs, ours[0][:1])
+    with pytest.raises(ValueError, match="`label` on Hopper-v5 was evaluated once"):
+        load(two_tasks, costs=costs)
+    with pytest.raises(ValueError, match="has no evaluations"):
+        load(two_tasks, costs=tmp_path / "none.csv")
+
+
 def test_summary_without_the_baseline(two_tasks: Path) -> None:
     """Nobody can get to a return that is not there."""
     rows = [line for line in two_tasks.read_text().splitlines() if not line.startswith(f"sac,{HOPPER}")]

@@ -30,7 +30,7 @@ RUNS = {
     "before_sac.py": Example("--steps 150", "Eval num_timesteps=150", ("model.zip",)),
     "after_agpo.py": Example("--steps 150", "Eval num_timesteps=150", ("model.zip",)),
     "many_environments.py": Example(
-        "--steps 1100 --n-envs 4", r"1100 environment steps, \d{4,} simulated", ("agpo_cheetah.zip", "vec_normalize.pkl")
+        "--steps 1104 --n-envs 4", r"1104 environment steps, \d{4,} simulated", ("agpo_cheetah.zip", "vec_normalize.pkl")
     ),
     "custom_mujoco_env.py": Example("--steps 60", "derivatives: env_step, StandingHopper is a custom MujocoEnv"),
     "torch_environment.py": Example("--steps 300", r"exact \(Crane offers its own derivatives\)"),

@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from torch import nn
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo.agpo import CRITIC_LEARNING_RATE_FACTOR
 from sb3_agpo.agpo.policies import AGPOPolicy
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.vec_env import MujocoVecEnv
@@ -373,7 +374,9 @@ def test_learning_rates(learning_rate: Any, critic_learning_rate: Any) -> None:
     progress = model._current_progress_remaining
     expected = learning_rate(progress) if callable(learning_rate) else learning_rate
     assert model.actor.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-    expected = model.critic_lr_schedule(progress) if critic_learning_rate is not None else expected
+    expected = (
+        model.critic_lr_schedule(progress) if critic_learning_rate is not None else CRITIC_LEARNING_RATE_FACTOR * expected
+    )
     assert model.critic.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
     assert model.ent_coef_optimizer is not None  # its pace is SAC's: one step for each transition
     assert model.ent_coef_optimizer.param_groups[0]["lr"] == pytest.approx(

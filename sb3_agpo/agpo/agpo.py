@@ -72,7 +72,9 @@ AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: steps of the critics' return by default
 N_STEPS = 3
 #: critic updates per policy update on replayed transitions, where fresh windows train the policy too
-POLICY_DELAY_BESIDE_WINDOWS = 16
+POLICY_DELAY_BESIDE_WINDOWS = 8
+#: learning rate of the critics by default, in learning rates of the policy
+CRITIC_LEARNING_RATE_FACTOR = 2.0
 #: critic updates whose batches are drawn at once
 BATCHES_AT_ONCE = 4
 #: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
@@ -104,8 +106,8 @@ class AGPO(OffPolicyAlgorithm):
 
     :param policy: policy class or its alias ("MlpPolicy", "CnnPolicy", "MultiInputPolicy")
     :param env: environment or the id of a registered one
-    :param learning_rate: of policy, critics and temperature, unless the latter are given rates of their own; a float or a
-        schedule of the remaining progress (1 to 0)
+    :param learning_rate: of policy, temperature and, times ``CRITIC_LEARNING_RATE_FACTOR``, critics, unless the latter two are
+        given rates of their own; a float or a schedule of the remaining progress (1 to 0)
     :param buffer_size: transitions in the replay buffer
     :param learning_starts: steps with random actions before the first update
     :param batch_size: replayed transitions of each critic and policy update
@@ -134,7 +136,8 @@ class AGPO(OffPolicyAlgorithm):
         updates; usual range 32 to 512
     :param rollout_epochs: policy updates on each batch of fresh windows; 0 turns them off
     :param gate: rule of the gate, an instance of :class:`~sb3_agpo.agpo.gates.Gate` or any callable of its signature
-    :param critic_learning_rate: of the critics, a float or a schedule; None for ``learning_rate``
+    :param critic_learning_rate: of the critics, a float or a schedule; None for ``CRITIC_LEARNING_RATE_FACTOR`` times
+        ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
         windows, which stands for many of them, takes a longer step. None for ``learning_rate``
     :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It makes an update of the
@@ -185,9 +188,9 @@ class AGPO(OffPolicyAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int = 1000,
         batch_size: int = 64,
-        tau: float = 0.005,
+        tau: float = 0.01,
         gamma: float = 0.99,
-        train_freq: int | tuple[int, str] = 1,
+        train_freq: int | tuple[int, str] = 2,
         gradient_steps: int = 4,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
@@ -564,11 +567,15 @@ class AGPO(OffPolicyAlgorithm):
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
-        update_learning_rate(self.critic.optimizer, self._current_learning_rate(self.critic_lr_schedule))
+        update_learning_rate(
+            self.critic.optimizer, self._current_learning_rate(self.critic_lr_schedule, CRITIC_LEARNING_RATE_FACTOR)
+        )
 
-    def _current_learning_rate(self, schedule: Schedule | None) -> float:
-        """The learning rate of a schedule; None stands for that of ``learning_rate``."""
-        return (self.lr_schedule if schedule is None else schedule)(self._current_progress_remaining)
+    def _current_learning_rate(self, schedule: Schedule | None, factor: float = 1.0) -> float:
+        """The learning rate of a schedule; None stands for ``factor`` times that of ``learning_rate``."""
+        if schedule is None:
+            return factor * self.lr_schedule(self._current_progress_remaining)
+        return schedule(self._current_progress_remaining)
 
     def _current_policy_delay(self) -> int:
         """Critic updates per replayed policy update, which remind the policy of states that fresh windows do not visit."""

@@ -22,40 +22,44 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
 # What ``sac-fast`` shares with AGPO: its own defaults, its number of environments included, and critics normalised by layers.
+# SAC has one learning rate for all its networks: AGPO's policy's.
 FAST_N_ENVS = 1
 FAST_ACTIVATION: type[nn.Module] = nn.SiLU
 FAST_SETTINGS: dict[str, Any] = {
     "learning_rate": 3e-4,
     "learning_starts": 1000,
     "batch_size": 64,
-    "train_freq": 1,
+    "train_freq": 2,
     "gradient_steps": 4,
     "ent_coef": "auto_0.1",
     "n_steps": 3,
 }
+FAST_TAU = 0.01  # CrossQ has no target networks
 # ``agpo-batch-norm``: critics normalised by batches, without target networks, and fewer updates with larger steps. Worse by
 # steps, better by the clock; see docs/experiments.md. ``crossq-fast`` shares learning rate, updates, batches and returns.
 BATCH_NORM = "agpo-batch-norm"
 BATCH_NORM_UPDATES: dict[str, Any] = {"learning_rate": 1e-3, "train_freq": 4}
-BATCH_NORM_SETTINGS: dict[str, Any] = {**BATCH_NORM_UPDATES, "policy_delay": 4, "policy_kwargs": {"normalization": "batch"}}
-
-# ``agpo-two-updates``: half as many updates as the defaults, with steps twice as large at first, which become smaller.
-TWO_UPDATES = "agpo-two-updates"
-TWO_UPDATES_SETTINGS: dict[str, Any] = {
-    "learning_rate": LinearSchedule(6e-4, 6e-5, 1.0),
-    "train_freq": 2,
-    "policy_delay": 8,
-    "tau": 0.01,
+BATCH_NORM_SETTINGS: dict[str, Any] = {
+    **BATCH_NORM_UPDATES,
+    "critic_learning_rate": 1e-3,
+    "policy_delay": 4,
+    "policy_kwargs": {"normalization": "batch"},
+    "tau": 0.005,
 }
+
+# ``agpo-four-updates``: twice as many updates of the critics as the defaults, with steps half as large.
+FOUR_UPDATES = "agpo-four-updates"
+FOUR_UPDATES_SETTINGS: dict[str, Any] = {"critic_learning_rate": 3e-4, "train_freq": 1, "policy_delay": 16, "tau": 0.005}
 # Variants of AGPO that are no ablation, and what they change
-VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, TWO_UPDATES: TWO_UPDATES_SETTINGS}
+VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, FOUR_UPDATES: FOUR_UPDATES_SETTINGS}
 
 GRADIENT_MODES = ("adaptive", "analytic", "q")
 NO_MATCHING = "-nomatch"  # as AGPO's defaults are
 MATCHING = 1.0  # weight of gradient matching otherwise
 RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
-WINDOWS = "-windows"  # the same without replayed policy updates: fresh windows are all that the policy learns from
+# ``agpo-four-updates`` without replayed policy updates: fresh windows are all that the policy learns from
+WINDOWS = "-windows"
 WINDOWS_NAMES = tuple(f"agpo-{mode}{WINDOWS}" for mode in GRADIENT_MODES)
 NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO_NAMES, *WINDOWS_NAMES, *VARIANTS)
 
@@ -200,7 +204,7 @@ def _own_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
     :return: those that are None, as AGPO takes them on the tasks of the benchmark
     """
     # Only here, so that the baselines run without it.
-    from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
+    from sb3_agpo.agpo.agpo import CRITIC_LEARNING_RATE_FACTOR, POLICY_DELAY_BESIDE_WINDOWS
     from sb3_agpo.agpo.gates import DEFAULT_GATE
 
     chosen: dict[str, Any] = {}
@@ -208,6 +212,10 @@ def _own_choices(arguments: Mapping[str, Any]) -> dict[str, Any]:
         chosen["gate"] = DEFAULT_GATE()
     if arguments["policy_delay"] is None:
         chosen["policy_delay"] = POLICY_DELAY_BESIDE_WINDOWS if arguments["rollout_epochs"] > 0 else 1
+    if arguments["critic_learning_rate"] is None:
+        rate = arguments["learning_rate"]
+        factor = CRITIC_LEARNING_RATE_FACTOR
+        chosen["critic_learning_rate"] = factor * rate if isinstance(rate, int | float) else f"{factor} * {_plain(rate)}"
     return chosen
 
 
@@ -281,7 +289,8 @@ def _stock_algorithm(name: str) -> AlgorithmSpec:
     if name in plain:
         return AlgorithmSpec(name, plain[name], kwargs=common)
     if name == "sac-fast":
-        kwargs = {**common, **FAST_SETTINGS, "policy": LayerNormSACPolicy, "policy_kwargs": {"activation_fn": FAST_ACTIVATION}}
+        policy_kwargs: dict[str, Any] = {"activation_fn": FAST_ACTIVATION}
+        kwargs = {**common, **FAST_SETTINGS, "tau": FAST_TAU, "policy": LayerNormSACPolicy, "policy_kwargs": policy_kwargs}
         return AlgorithmSpec(name, SAC, FAST_N_ENVS, kwargs)
     if name == "crossq-fast":
         policy_kwargs = {"activation_fn": FAST_ACTIVATION, "net_arch": [256, 256]}
@@ -306,7 +315,7 @@ def _agpo_settings(name: str) -> dict[str, Any]:
         return VARIANTS[name]
     mode = name.removeprefix("agpo-").removesuffix(NO_MATCHING).removesuffix(WINDOWS)
     if name.endswith(WINDOWS):
-        return {"gradient_mode": mode, "critic_grad_coef": 0.0, "policy_delay": 0}
+        return FOUR_UPDATES_SETTINGS | {"gradient_mode": mode, "critic_grad_coef": 0.0, "policy_delay": 0}
     return {"gradient_mode": mode, "critic_grad_coef": 0.0 if name.endswith(NO_MATCHING) else MATCHING}
 
 

@@ -41,7 +41,7 @@ STYLES = {
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
     "crossq-fast": Style("CrossQ, settings of AGPO with batch norm.", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
-    "agpo-two-updates": Style("AGPO, two updates", "#8C510A", "-.", "h"),
+    "agpo-four-updates": Style("AGPO, four updates", "#8C510A", "-.", "h"),
     "agpo-batch-norm": Style("AGPO, batch normalisation", "#762A83", "-.", "p"),
     "agpo-analytic": Style("AGPO, analytic, matching", "#000000", ":", "X"),
     "agpo-q": Style("AGPO, critic only, matching", "#7F7F7F", ":", "<"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.algorithms import find_algorithm
+from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
 from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
@@ -45,10 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
     add(
         "--time",
-        choices=["seconds", "cpu_seconds"],
+        choices=TIMES,
         default="seconds",
         help="clock of the figure and of --page (default: %(default)s)",
     )
+    add("--costs", type=Path, help="CSV file of short runs made side by side: times are steps times the cost of one there")
     add("--steps", type=int, help="compare runs after so many environment steps, or at their end if that is sooner")
     add("--page", type=Path, help=f"page to write a summary into, between the lines {' and '.join(records.markers(MARKER))}")
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
@@ -238,7 +240,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
         "within tasks; with two or three seeds, those of single tasks are too narrow. A normalised score is 0 at the random "
         f"policy's return and 1 at {baseline}'s mean final return; IQM is the interquartile mean over runs and tasks. Times "
-        "are those of learning alone, evaluations left out.\n\n",
+        f"are those of learning alone, evaluations left out{_reckoned(results)}.\n\n",
         names_in_file(results, algorithms),
         "## Final return\n\nAfter the steps named: mean, interval and, in parentheses, number of seeds.\n\n",
         final_table(results, algorithms),
@@ -262,6 +264,11 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
     return path
 
 
+def _reckoned(results: Results) -> str:
+    """Where times come from, if not from the runs themselves."""
+    return f": steps times what one cost in short runs made side by side (`{results.costs.name}`)" if results.costs else ""
+
+
 def main(options: argparse.Namespace) -> int:
     """
     Run the command.
@@ -270,13 +277,14 @@ def main(options: argparse.Namespace) -> int:
     :return: exit code 0
     :raises ValueError: if there is nothing to report, or options do not fit
     """
-    results = load(options.input, options.baseline, options.algorithms, options.live, options.steps)
+    results = load(options.input, options.baseline, options.algorithms, options.live, options.steps, options.costs)
     if not results.curves:
         raise ValueError(f"{options.input} has no runs to report with these options; see 'learning' to make some")
     command = ["python", "-m", "sb3_agpo.benchmark", "report", "--input", str(options.input), "--output", str(options.output)]
     command += ["--baseline", options.baseline] if options.baseline != "sac" else []
     command += ["--algorithms", *options.algorithms] if options.algorithms else []
     command += ["--time", options.time] if options.time != "seconds" else []
+    command += ["--costs", str(options.costs)] if options.costs else []
     command += ["--steps", str(options.steps)] if options.steps is not None else []
     command += ["--page", str(options.page)] if options.page else []
     command += ["--live"] if options.live else []

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row, RunKey, key_of, read_all, read_rows
 from sb3_agpo.benchmark.statistics import first_reached, mean
 
@@ -19,7 +20,7 @@ RANDOM = "random"
 VARIANTS = ("", "-nomatch", "-windows")
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
-ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-two-updates", "agpo-batch-norm")
+ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-four-updates", "agpo-batch-norm")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class Curve:
     """
     The evaluations of one run, up to the task's budget.
 
+    :param seed: of the run
+    :param settings: hash of its hyperparameters
     :param steps: *nominal* environment steps, shape ``(n,)``: an evaluation takes place as soon as a multiple of its
         interval is reached, which several environments overshoot by a few steps; without them, runs can be compared
     :param quantities: column of the CSV file -> shape ``(n,)``
     """
 
     seed: int
+    settings: str
     steps: Array
     quantities: dict[str, Array]
 
@@ -68,6 +72,7 @@ class Results:
     :param budgets: task -> environment steps at which algorithms are compared
     :param rows: rows that the above was made of
     :param notes: what was left out or is to be known, one sentence each
+    :param costs: file that times are reckoned from, see :mod:`sb3_agpo.benchmark.costs`; None: times are those of the runs
     """
 
     baseline: str
@@ -76,6 +81,7 @@ class Results:
     budgets: dict[str, int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    costs: Path | None = None
 
     @property
     def algorithms(self) -> list[str]:
@@ -187,7 +193,7 @@ class Results:
         index = first_reached(mean(self.matrix(algorithm, task, steps)), float(mean(target)))
         if index is None:
             return None
-        columns = ("simulator_calls", "seconds", "cpu_seconds")
+        columns = ("simulator_calls", *TIMES)
         return Reached(
             float(steps[index]),
             *(float(mean(self.matrix(algorithm, task, steps[index : index + 1], column)[:, 0])) for column in columns),
@@ -195,7 +201,12 @@ class Results:
 
 
 def load(
-    path: Path, baseline: str = "sac", algorithms: Sequence[str] | None = None, live: bool = False, steps: int | None = None
+    path: Path,
+    baseline: str = "sac",
+    algorithms: Sequence[str] | None = None,
+    live: bool = False,
+    steps: int | None = None,
+    costs: Path | None = None,
 ) -> Results:
     """
     Read what can be compared from a CSV file.
@@ -205,13 +216,14 @@ def load(
     :param algorithms: names to be used besides the baseline and the random policy; None: all
     :param live: whether to use unfinished runs as well
     :param steps: environment steps to compare at, where budgets are larger; None: the budgets
+    :param costs: CSV file of short runs to reckon times from; None: times are those of the runs
     :return: the results
-    :raises ValueError: if there is nothing in it, or ``steps`` lies between two evaluations
+    :raises ValueError: if there is nothing in it, ``steps`` lies between two evaluations, or ``costs`` lacks a run
     """
     rows = read_all(path) if live else read_rows(path)
     if not rows:
         raise ValueError(f"{path} has no evaluations; run 'python -m sb3_agpo.benchmark learning --output {path}' first")
-    results = Results(baseline)
+    results = Results(baseline, costs=costs)
     runs = _group(rows, results)
     wanted = None if algorithms is None else {baseline, *algorithms}
     runs = {key: run for key, run in runs.items() if wanted is None or wanted & {key.algorithm, run[0]["algorithm"]}}
@@ -222,6 +234,8 @@ def load(
         curve = _curve(key, run, results.budgets[key.env])
         results.curves.setdefault(key.algorithm, {}).setdefault(key.env, []).append(curve)
         results.rows += run
+    if costs is not None:
+        _reckon_times(results, costs)
     _note_missing(results)
     _note_mixtures(results)
     return results
@@ -319,9 +333,27 @@ def _curve(key: RunKey, run: list[Row], budget: int) -> Curve:
     interval = int(run[0]["eval_every"])
     nominal = np.where(steps >= key.budget, key.budget, steps // interval * interval)
     keep = nominal <= budget
-    columns = ("return", "seconds", "cpu_seconds", "simulator_calls")
+    columns = ("return", "simulator_calls", *TIMES)
     quantities = {column: np.array([float(row[column]) for row in run])[keep] for column in columns}
-    return Curve(key.seed, nominal[keep], quantities)
+    return Curve(key.seed, key.settings, nominal[keep], quantities)
+
+
+def _reckon_times(results: Results, costs: Path) -> None:
+    """
+    Replace the times of runs, which may be of different machines and days, by steps times the cost of a step.
+
+    :param results: the runs; gets other times
+    :param costs: CSV file of short runs
+    :raises ValueError: if an algorithm has no run there on one of its tasks
+    """
+    known = {column: costs_of_steps(costs, column) for column in TIMES}
+    for algorithm, tasks in results.curves.items():
+        for task, curves in tasks.items():
+            for curve in curves:
+                for column in TIMES:
+                    if (curve.settings, task) not in known[column]:
+                        raise ValueError(f"{costs} has no run of `{algorithm}` ({curve.settings}) on {task}; see 'learning'")
+                    curve.quantities[column] = curve.steps * known[column][curve.settings, task]
 
 
 def _note_missing(results: Results) -> None:
@@ -366,5 +398,8 @@ def _note_mixtures(results: Results) -> None:
         own_only = column == "sb3_agpo"
         found = {row[column] for row in results.rows if not own_only or row["algorithm"].startswith("agpo")}
         if len(found) > 1:
-            consequence = " times are not comparable" if column in ("machine", "threads") else " returns may differ for it"
+            of_time = column in ("machine", "threads")
+            if of_time and results.costs:
+                continue
+            consequence = " times are not comparable" if of_time else " returns may differ for it"
             results.notes.append(f"Runs differ in `{column}` ({', '.join(sorted(found))}):{consequence}.")

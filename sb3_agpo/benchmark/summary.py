@@ -37,9 +37,10 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
     if results.scored_tasks:
         scores = [estimate(results.scores(algorithm), interquartile_mean) for algorithm in algorithms]
         rows.append(["score: interquartile mean", "", *scores, *[""] * len(names)])
+    reckoned = "; time is steps times what one costs beside the others" if results.costs else ""
     explained = (
         "Means over seeds, whose number stands in parentheses. The last columns have environment steps and "
-        f"{CLOCKS[time]} at the first evaluation whose mean reaches {baseline}'s final return. "
+        f"{CLOCKS[time]} at the first evaluation whose mean reaches {baseline}'s final return{reckoned}. "
         f"Scores are 0 for random actions and 1 for {baseline}, with a 95 % interval.\n"
     )
     return table(head, rows) + explained
