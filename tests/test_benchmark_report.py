@@ -189,22 +189,25 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
 
 
 def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
-    """One table of the algorithms with runs on all tasks, between markers; the rest of the page is untouched."""
+    """One table of algorithms with runs on all tasks, without variants, between markers; the rest of the page is untouched."""
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- summary: begin -->\nold\n<!-- summary: end -->\nafter\n")
-    more = [run("ppo", HOPPER, 0, [1, 2, 3000]), run("agpo-batch-norm", CHEETAH, 0, [-50, 20])]
-    write_csv(tmp_path / "more.csv", *more, run("agpo-batch-norm", HOPPER, 0, [1, 1, 4000]))
+    more = [
+        run(name, *of) for name in ("tqc", "agpo-batch-norm") for of in ((CHEETAH, 0, [-50, 20]), (HOPPER, 0, [1, 1, 4000]))
+    ]
+    write_csv(tmp_path / "more.csv", *more, run("ppo", HOPPER, 0, [1, 2, 3000]))
     two_tasks.write_text(two_tasks.read_text() + "".join((tmp_path / "more.csv").read_text().splitlines(keepends=True)[1:]))
     arguments = ["--input", str(two_tasks), "--output", str(tmp_path), "--time", "cpu_seconds", "--page", str(page)]
     assert main(["report", *arguments]) == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- summary: begin -->\n| task | steps | SAC |") and text.endswith("end -->\nafter\n")
     assert "old" not in text and text.count("| to SAC's return: ") == 3 and "steps and processor time at" in text
-    assert "PPO" not in text and "PPO" in (tmp_path / "report.md").read_text()
-    assert "| Hopper-v5 | 15k | 100 (2) | 250 (2) | **4,000 (1)** | 15k, 90 s | 10k, 20 s | 15k, 30 s |" in text
-    assert "| HalfCheetah-v5 | 10k | 200 (2) | **650 (2)** | 20.0 (1) | 10k, 20 s | 10k, 20 s | not reached |" in text
+    report = (tmp_path / "report.md").read_text()
+    assert all(name not in text and name in report for name in ("PPO", "batch normalisation"))
+    assert "| Hopper-v5 | 15k | 100 (2) | **4,000 (1)** | 250 (2) | 15k, 90 s | 15k, 30 s | 10k, 20 s |" in text
+    assert "| HalfCheetah-v5 | 10k | 200 (2) | 20.0 (1) | **650 (2)** | 10k, 20 s | not reached | 10k, 20 s |" in text
     assert "| score: interquartile mean |  | 1.00 [0.69, 1.31] |" in text
-    assert f"--time cpu_seconds --page {page}" in (tmp_path / "report.md").read_text()
+    assert f"--time cpu_seconds --page {page}" in report
 
 
 def test_times_reckoned_from_costs(two_tasks: Path, tmp_path: Path) -> None:

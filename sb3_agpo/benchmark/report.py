@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sb3_agpo.benchmark import figures, records
-from sb3_agpo.benchmark.algorithms import find_algorithm
+from sb3_agpo.benchmark.algorithms import VARIANTS, find_algorithm
 from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--costs", type=Path, help="CSV file of short runs made side by side: times are steps times the cost of one there")
     add("--steps", type=int, help="compare runs after so many environment steps, or at their end if that is sooner")
-    add("--page", type=Path, help=f"page to write a summary into, between the lines {' and '.join(records.markers(MARKER))}")
+    add(
+        "--page",
+        type=Path,
+        help=f"page to write a summary into, without variants, between the lines {' and '.join(records.markers(MARKER))}",
+    )
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
 
 
@@ -292,7 +296,7 @@ def main(options: argparse.Namespace) -> int:
         check_page(options.page)
     path = write(results, options.output, options.time, shlex.join(command))
     if options.page:
-        shown = main_algorithms(results)
+        shown = [name for name in main_algorithms(results) if name not in VARIANTS]
         complete = [name for name in shown if results.complete(name)]
         update_summary(options.page, results, complete or shown, options.time)
     for note in results.notes:
