@@ -346,14 +346,14 @@ def _reckon_times(results: Results, costs: Path) -> None:
     :param costs: CSV file of short runs
     :raises ValueError: if an algorithm has no run there on one of its tasks
     """
-    known = {column: costs_of_steps(costs, column) for column in TIMES}
-    for algorithm, tasks in results.curves.items():
-        for task, curves in tasks.items():
-            for curve in curves:
-                for column in TIMES:
-                    if (curve.settings, task) not in known[column]:
-                        raise ValueError(f"{costs} has no run of `{algorithm}` ({curve.settings}) on {task}; see 'learning'")
-                    curve.quantities[column] = curve.steps * known[column][curve.settings, task]
+    known = costs_of_steps(costs)
+    curves = (
+        (name, task, curve) for name, tasks in results.curves.items() for task, of_task in tasks.items() for curve in of_task
+    )
+    for name, task, curve in curves:
+        if (curve.settings, task) not in known:
+            raise ValueError(f"{costs} has no run of `{name}` ({curve.settings}) on {task}; see 'learning'")
+        curve.quantities.update({column: curve.steps * cost for column, cost in known[curve.settings, task].items()})
 
 
 def _note_missing(results: Results) -> None:
