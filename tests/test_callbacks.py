@@ -149,16 +149,25 @@ def test_progress_bar() -> None:
     assert model.num_timesteps == 30
 
 
-def test_stop_on_max_episodes() -> None:
-    model = small_model("InvertedPendulum-v5").learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
-    assert model.num_timesteps < 1000
-    # SB3 stops before the last transition is stored
-    assert model.replay_buffer is not None and model.replay_buffer.size() == model.num_timesteps - 1
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_step_at_which_a_callback_stops_is_stored(n_envs: int) -> None:
+    """It is the fall that matters, and what comes after it begins a new episode: nothing is dropped or made up."""
+    env = make_vec_env("InvertedPendulum-v5", n_envs)
+    model = small_model(env).learn(10_000, callback=StopTrainingOnMaxEpisodes(3))
+    buffer, steps = model.replay_buffer, model.num_timesteps // n_envs
+    assert buffer is not None and steps < 500
+    assert buffer.size() == steps
+    assert buffer.dones[steps - 1].any()
+    assert model._episode_num == buffer.dones[:steps].sum() == len(model.ep_info_buffer or ())
+    model.learn(20, reset_num_timesteps=False)
+    assert buffer.size() > steps
+    goes_on = buffer.dones[: buffer.size() - 1] == 0.0
+    assert (buffer.next_observations[: buffer.size() - 1] == buffer.observations[1 : buffer.size()])[goes_on].all()
 
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_stopped_learning_goes_on(env_id: str) -> None:
-    """A callback that stops does so between a step and its transition; no step's derivatives are mixed up after that."""
+    """SB3 stops between a step and its transition; no step's derivatives are mixed up after that."""
 
     def stop_at(n: int) -> Any:
         return lambda local, _: local["self"].num_timesteps < n

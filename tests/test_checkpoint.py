@@ -16,7 +16,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
-from stable_baselines3.common.noise import NormalActionNoise
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
@@ -78,6 +78,10 @@ RUNS: dict[str, tuple[MakeEnv, dict[str, Any]]] = {
             "ent_coef": 0.1,
             "policy_kwargs": {"optimizer_class": th.optim.AdamW, "features_extractor_class": FlattenExtractor},
         },
+    ),
+    "correlated_noise": (
+        lambda: make_vec_env("InvertedPendulum-v5", 2),
+        {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), 0.5 * np.ones(1))},
     ),
     "full_buffer": (lambda: make_vec_env("InvertedPendulum-v5", 1), {"buffer_size": 40}),
     "memory_saving_buffer": (
@@ -345,6 +349,16 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "make it with the same wrappers",
         ),
         (lambda: MujocoVecEnv("InvertedPendulum-v5", 2), {}, "is not that of a MujocoVecEnv"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2, env_kwargs={"reset_noise_scale": 0.5}),
+            {},
+            "made with reset_noise_scale=0.5, that of the checkpoint with 0.01; make it in the same way",
+        ),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2, env_kwargs={"max_episode_steps": 50}),
+            {},
+            "made with max_episode_steps=50, that of the checkpoint with 1000",
+        ),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"buffer_size": 100}, "do not change `buffer_size`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"policy_kwargs": {"net_arch": [4]}}, "`policy_kwargs`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"ent_coef": 0.1}, "nor `ent_coef` from a learned"),
@@ -358,6 +372,22 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wrong_environment_or_argument(make_env: MakeEnv, options: dict[str, Any], message: str, _checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=message):
         AGPO.resume(_checkpoint, make_env(), **options)
+
+
+def test_pictures_may_be_drawn_in_another_way(_checkpoint: Path) -> None:
+    env = make_vec_env("InvertedPendulum-v5", 2, env_kwargs={"render_mode": "rgb_array", "width": 64, "height": 32})
+    AGPO.resume(_checkpoint, env)
+    assert env.get_attr("render_mode") == ["rgb_array"] * 2
+
+
+def test_nothing_is_saved_in_the_middle_of_a_rollout(tmp_path: Path) -> None:
+    """A step that is not stored yet would be lost."""
+    model = small_model("Pendulum-v1", train_freq=4)
+    with pytest.raises(RuntimeError, match=r"the last step is not stored yet.* let `ResumableCheckpointCallback` save"):
+        model.learn(40, callback=lambda local, _: bool(local["self"].save_checkpoint(tmp_path)))
+    assert not list(tmp_path.iterdir())
+    model.learn(40, callback=lambda *_: False)
+    model.save_checkpoint(tmp_path)
 
 
 def test_fixed_temperature_cannot_become_a_learned_one(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from sb3_agpo.checkpoint.directory import (
     complete_checkpoints,
     find_checkpoint,
     read_checkpoint,
+    read_newest,
     write_checkpoint,
 )
 from sb3_agpo.checkpoint.plain_data import (
@@ -219,6 +220,25 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert number_in(tmp_path / "sub" / "dir") == 11
     assert number_in(tmp_path / "sub" / "dir" / names[0]) == 9
     assert complete_checkpoints(tmp_path / "nothing") == []
+
+
+def test_reading_beside_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest checkpoint may be removed, once a newer one is there, between finding and reading it."""
+    write_checkpoint(tmp_path, content(1), 10, keep=1)
+    find = directory_module.find_checkpoint
+
+    def find_and_write(path: Path) -> Path:
+        found = find(path)
+        if len(complete_checkpoints(path)) == 1 and found.name.startswith("000001"):
+            write_checkpoint(tmp_path, content(2), 20, keep=1)
+        return found
+
+    monkeypatch.setattr(directory_module, "find_checkpoint", find_and_write)
+    checkpoint, data = read_newest(tmp_path)
+    assert checkpoint.name == "000002-step-20"
+    assert decode(data.structure, data.arrays)["number"] == 2
+    with pytest.raises(ValueError, match="is damaged"):
+        read_newest(tmp_path / "000001-step-10")
 
 
 class Killed(BaseException):

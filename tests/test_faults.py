@@ -24,6 +24,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo.agpo import MAX_NONFINITE
 from sb3_agpo.benchmark.reliability_kills import kill_again_and_again
 from sb3_agpo.checkpoint.directory import complete_checkpoints, read_checkpoint
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
@@ -163,6 +164,14 @@ def test_huge_and_constant_values_leave_weights_finite(
     model = small_model(VecNormalize(env) if normalize else env).learn(300)
     assert model._n_updates > 100 and finite_weights(model)
     assert np.isfinite(model.predict(model.observation_space.sample())[0]).all()
+
+
+def test_window_gradients_that_are_never_finite_end_in_an_error() -> None:
+    """Replayed policy updates in between, whose gradients are finite, must not hide it."""
+    model = small_model("InvertedPendulum-v5", gate=lambda analytic, critic, step: th.full((len(critic),), th.nan))
+    with pytest.raises(ValueError, match=rf"last {MAX_NONFINITE} actor \(on windows\) gradients were not finite"):
+        model.learn(1000)
+    assert finite_weights(model)
 
 
 @pytest.mark.parametrize("terminated", [False, True])

@@ -179,26 +179,33 @@ def test_full_counts_transitions_with_derivatives(rollout_size: int, n_envs: int
 def test_first_steps_of_windows_need_no_derivatives_by_the_state() -> None:
     rng = np.random.default_rng(0)
     buffer = DifferentiableRolloutBuffer(8, 3, 2)
-    for n_new, expected in ((4, [False, True, True, False]), (3, [True, True, False])):
+    # A batch is of four steps: a window of three and one of one
+    for n_new, expected in ((3, [False, True, True]), (3, [False, False, True]), (3, [True, False, False])):
         for _ in range(n_new):
             buffer.add(random_transition(rng, 2))
         assert buffer.pending_inner().tolist() == expected
         buffer.add_derivatives(random_derivatives(rng, 2 * n_new))
-    buffer.discard_windows()
+    buffer.take_windows()
     buffer.add(random_transition(rng, 2))
-    assert buffer.pending_inner().tolist() == [False]
+    assert buffer.pending_inner().tolist() == [True]
 
 
-def test_discarding_windows_keeps_pending_steps() -> None:
-    filled = fill(1, 2, 3, [3, 1], n_pending=2)
-    buffer = filled.buffer
-    pending = buffer._transitions[-2:]
-    buffer.discard_windows()
-    assert buffer.n_pending == 2 and not buffer.full
-    derivatives = random_derivatives(np.random.default_rng(2), 4)
-    assert all(a is b for a, b in zip(buffer.add_derivatives(derivatives), pending, strict=True))
-    rest = Filled(buffer, pending, derivatives, 2)
-    assert_equals_obvious_windows(buffer.windows(), obvious_windows(rest, 2, 3), 3)
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(1, 7), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 3))
+def test_windows_are_taken_batch_by_batch(seed: int, n_envs: int, horizon: int, batches: list[int], n_pending: int) -> None:
+    """Each batch is what a buffer that holds nothing else gives; what is left over waits for the next steps."""
+    filled = fill(seed, n_envs, horizon, batches, n_pending)
+    buffer, steps = filled.buffer, filled.buffer.batch_steps
+    rows = steps * n_envs
+    for start in range(0, filled.n_ready - steps + 1, steps):
+        assert buffer.full
+        transitions = filled.transitions[start : start + steps]
+        derivatives = TransitionDerivatives(*(f[start * n_envs : start * n_envs + rows] for f in filled.derivatives))
+        batch = Filled(buffer, transitions, derivatives, steps)
+        assert_equals_obvious_windows(buffer.take_windows(), obvious_windows(batch, n_envs, horizon), horizon)
+    assert not buffer.full and buffer.n_pending == n_pending
+    with pytest.raises(ValueError, match=f"a batch is {steps} steps with derivatives, there are {filled.n_ready % steps}"):
+        buffer.take_windows()
 
 
 def test_chain_ends_where_the_environment_was_moved() -> None:

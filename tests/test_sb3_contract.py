@@ -33,6 +33,7 @@ from torch import nn
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.agpo import CRITIC_LEARNING_RATE_FACTOR
 from sb3_agpo.agpo.policies import AGPOPolicy
+from sb3_agpo.agpo.rollout_buffer import RolloutWindows
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.vec_env import MujocoVecEnv
 
@@ -148,6 +149,30 @@ def test_learning_goes_on_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) ->
     before = [parameter.clone() for parameter in model.critic.parameters()]
     model.learn(20, reset_num_timesteps=False)
     assert not any(map(th.equal, model.critic.parameters(), before))
+
+
+def test_an_interrupt_between_two_steps() -> None:
+    def interrupt(local: Any, _: Any) -> bool:
+        if local["self"].num_timesteps == 35:
+            raise KeyboardInterrupt
+        return True
+
+    model = small_model("InvertedPendulum-v5")
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=interrupt)
+    env = model.get_env()
+    assert env is not None and model.dynamics is not None
+    recorded = model.dynamics.n_recorded
+    evaluate_policy(model, env, n_eval_episodes=2)
+    assert model.dynamics.n_recorded == recorded
+    # The step in between is lost, and none is made up
+    buffer = model.replay_buffer
+    assert isinstance(buffer, ReplayBuffer) and buffer.size() == 34 and buffer.dones[33] == 1.0
+    model.learn(20, reset_num_timesteps=False)
+    goes_on = buffer.dones[: buffer.size() - 1, 0] == 0.0
+    assert np.array_equal(
+        buffer.next_observations[: buffer.size() - 1][goes_on], buffer.observations[1 : buffer.size()][goes_on]
+    )
 
 
 # ---------------------------------------------------------------------- a model changed while it lives
@@ -407,6 +432,22 @@ def test_number_of_updates(env_id: str, train_freq: Any, gradient_steps: int, n_
     assert model._n_updates == expected
 
 
+def test_number_of_policy_updates_does_not_depend_on_the_training_frequency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More steps than a batch of windows has make more batches, not a larger one."""
+    sizes: list[float] = []
+    update = AGPO._update_policy_from_windows
+
+    def watched(model: AGPO, windows: RolloutWindows) -> None:
+        sizes.append(float(windows.mask.sum()))
+        update(model, windows)
+
+    monkeypatch.setattr(AGPO, "_update_policy_from_windows", watched)
+    for train_freq in (1, 16, 40):
+        small_model("InvertedPendulum-v5", train_freq=train_freq, learning_starts=0).learn(80)
+        assert sizes == [16.0] * 4 * 5
+        sizes.clear()
+
+
 def test_train_freq_episode() -> None:
     model = small_model("InvertedPendulum-v5", train_freq=(1, "episode"), gradient_steps=-1).learn(100)
     assert 0 < model._n_updates <= model.num_timesteps
@@ -437,6 +478,27 @@ def test_derivatives_of_random_actions_are_not_computed() -> None:
         assert (model.simulator_calls > model.num_timesteps) == (critic_grad_coef > 0.0)
 
 
+def test_steps_that_nobody_differentiates_are_not_recorded() -> None:
+    """Recording takes time, and where an environment is differentiated through its own ``step``, much of it."""
+    for options, expected in (({"gradient_mode": "q"}, 0), ({"learning_starts": 100}, 0), ({"learning_starts": 40}, 8)):
+        model = small_model("InvertedPendulum-v5", critic_grad_coef=0.0, **options).learn(40)
+        assert model.dynamics is not None and model.rollout_buffer.n_pending == 8
+        assert model.dynamics.n_recorded == expected
+
+
+def test_simulator_calls_are_counted_over_the_life_of_a_model(tmp_path: Path) -> None:
+    model = small_model("Hopper-v5").learn(60)
+    first = model.simulator_calls
+    assert first > 3 * 60
+    model.learn(60)
+    assert 2 * first - 60 < model.simulator_calls < 2 * first + 60  # the second begins with the policy's actions
+    second = model.simulator_calls
+    model.set_env(gym.make("Hopper-v5"))
+    assert model.simulator_calls == second
+    model.save(tmp_path / "model")
+    assert AGPO.load(tmp_path / "model", env=gym.make("Hopper-v5")).simulator_calls == second
+
+
 def test_steps_are_recorded_while_learning_alone() -> None:
     model = small_model("Hopper-v5")
     env = model.get_env()
@@ -450,12 +512,15 @@ def test_steps_are_recorded_while_learning_alone() -> None:
     assert model.dynamics.n_recorded > 0
 
 
+@pytest.mark.parametrize("train_freq", [1, 40])
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_derivatives_that_are_not_computed_change_nothing(monkeypatch: pytest.MonkeyPatch, horizon: int) -> None:
+def test_derivatives_that_are_not_computed_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, horizon: int, train_freq: int
+) -> None:
     """Leaving out derivatives by the state where windows begin saves simulator calls and nothing else."""
     models = []
     for everything in (False, True):
-        model = small_model("Hopper-v5", horizon=horizon, critic_grad_coef=0.0)
+        model = small_model("Hopper-v5", horizon=horizon, critic_grad_coef=0.0, train_freq=train_freq)
         if everything:
             take = model.dynamics.take  # type: ignore[union-attr]
             monkeypatch.setattr(model.dynamics, "take", lambda n_steps, by_state, take=take: take(n_steps))
@@ -652,6 +717,25 @@ def test_learning_in_two_parts(env_id: str, n_envs: int) -> None:
     parts.learn(60, reset_num_timesteps=False)
     assert whole.num_timesteps == parts.num_timesteps == 160
     assert parameters_equal(whole, parts)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_correlated_noise_goes_on_in_the_second_part(n_envs: int) -> None:
+    def make() -> AGPO:
+        noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), 0.5 * np.ones(1))
+        return small_model(make_vec_env("Pendulum-v1", n_envs), action_noise=noise)
+
+    parts = make().learn(100)
+    parts.learn(60, reset_num_timesteps=False)
+    assert parameters_equal(make().learn(160), parts)
+
+
+def test_steps_of_a_return_may_be_changed_with_a_loaded_replay_buffer(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", n_steps=3).learn(60).save_replay_buffer(tmp_path / "buffer")
+    for n_steps in (1, 5):
+        model = small_model("Pendulum-v1", n_steps=n_steps, trace_distance=np.inf)
+        model.load_replay_buffer(tmp_path / "buffer")
+        assert model._sample_transitions(200).discounts.min() == pytest.approx(0.99**n_steps)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Reacher-v5"])  # stepped by rollout, and with sensors read

@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 
 from sb3_agpo import AGPO, demo
-from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
+from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, MagnitudeGate, VarianceSwitch
 from sb3_agpo.benchmark import __main__ as benchmark
 from sb3_agpo.checkpoint.directory import complete_checkpoints
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
@@ -129,12 +129,14 @@ ARGUMENTS: list[tuple[dict[str, Any], Wrong]] = [
     ({"rollout_size": 0}, value_error("`rollout_size`", "got 0", "32 to 512")),
     ({"rollout_epochs": -1}, value_error("`rollout_epochs`", "got -1", "0 turns it off")),
     ({"rollout_epochs": 1.5}, type_error("`rollout_epochs`", "integer", "1.5")),
+    ({"gate": MagnitudeGate}, type_error("`gate`", "an instance", "`MagnitudeGate()`")),
     ({"gate": "soft"}, type_error("`gate`", "'soft'", "callable (analytic, critic, step)")),
     ({"critic_grad_coef": -1.0}, value_error("`critic_grad_coef`", "-1.0", "0 turns it off")),
     ({"critic_grad_batch_size": 0}, value_error("`critic_grad_batch_size`", "got 0", "16 to 256")),
     ({"policy_delay": -1}, value_error("`policy_delay`", "got -1", "0 turns it off")),
     ({"max_grad_norm": 0.0}, value_error("`max_grad_norm`", "greater than 0", "got 0.0", "infinity")),
     ({"derivative_memory": 0}, value_error("`derivative_memory`", "got 0", "gigabytes")),
+    ({"derivative_memory": 1e-10}, value_error("`derivative_memory`", "at least 1e-06", "got 1e-10")),
     ({"derivative_memory": "1GB"}, type_error("`derivative_memory`", "'1GB'", "gigabytes")),
     ({"finite_differences": 1e-3}, type_error("`finite_differences`", "0.001", "FiniteDifferences(...)")),
     ({"max_invalid_fraction": 50}, value_error("`max_invalid_fraction`", "at most 1", "got 50")),
@@ -142,6 +144,8 @@ ARGUMENTS: list[tuple[dict[str, Any], Wrong]] = [
     ({"stats_window_size": 0}, value_error("`stats_window_size`", "got 0", "such as 100")),
     ({"policy_kwargs": [64, 64]}, type_error("`policy_kwargs`", "[64, 64]", "dict(net_arch=[64, 64])")),
     ({"policy_kwargs": {"net_arch": [64, 0]}}, value_error("net_arch", "got 0", "such as [64, 64]")),
+    ({"policy_kwargs": {"net_arch": 64}}, type_error("net_arch", "a list", "got 64", "such as [64, 64]")),
+    ({"policy_kwargs": {"net_arch": {"pi": [8], "qf": None}}}, type_error("net_arch", "dictionary of lists", "None")),
     ({"policy_kwargs": {"net_arch": {"pi": [-1], "qf": [8]}}}, value_error("net_arch", "got -1", "widths")),
     ({"policy_kwargs": {"n_critics": 0}}, value_error("n_critics", "got 0", "SAC has 2")),
     ({"seed": -1}, value_error("`seed`", "from 0 to 4294967295", "got -1", "None for no seed")),

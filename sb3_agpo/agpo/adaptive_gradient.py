@@ -141,7 +141,7 @@ def gate_weights(gate: GateFunction, analytic: th.Tensor, critic: th.Tensor, ste
     :param step: step of the window
     :param trusted: samples to ask about, shape ``(W,)``, bool
     :return: weights, 0 for the samples that are not trusted, shape ``(W,)``
-    :raises ValueError: if the gate returns another shape than one weight per sample
+    :raises ValueError: if the gate returns another shape than one weight per sample, or weights outside [0, 1]
     """
     weights = analytic.new_zeros(len(analytic))
     n_trusted = int(trusted.sum())
@@ -150,6 +150,8 @@ def gate_weights(gate: GateFunction, analytic: th.Tensor, critic: th.Tensor, ste
     answer = gate(analytic[trusted], critic[trusted], step)
     if answer.shape != (n_trusted,):
         raise ValueError(f"a gate must return one weight per sample, shape ({n_trusted},), got {tuple(answer.shape)}")
+    if ((answer < 0.0) | (answer > 1.0)).any():  # not NaN, which the optimiser's step skips and counts
+        raise ValueError(f"a gate must return weights in [0, 1], got {float(answer.min()):g} to {float(answer.max()):g}")
     weights[trusted] = answer.to(weights)
     return weights
 

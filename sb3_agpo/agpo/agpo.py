@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
 import math
@@ -9,7 +10,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -29,11 +30,12 @@ from stable_baselines3.common.type_aliases import (
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
+from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
 from sb3_agpo.agpo.arguments import check_arguments, check_learn_arguments, check_names
-from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
+from sb3_agpo.agpo.checkpoint import MADE_ANEW, begin_new_episodes, resume, save_checkpoint
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
 from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
 from sb3_agpo.agpo.n_step import end_last_episode, sample_n_step
@@ -42,6 +44,7 @@ from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic,
 from sb3_agpo.agpo.rollout_buffer import (
     DerivativeReplayBuffer,
     DifferentiableRolloutBuffer,
+    RolloutWindows,
     Transition,
 )
 from sb3_agpo.agpo.updates import (
@@ -280,7 +283,10 @@ class AGPO(OffPolicyAlgorithm):
         self.dynamics: VecDynamics | None = None
         self.provider_report = ProviderReport("none", "no environment yet")
         self._n_policy_updates = 0
-        self._nonfinite_in_a_row = {"actor": 0, "critic": 0, "ent_coef": 0}  # gradients, by optimiser
+        self._nonfinite_in_a_row: dict[str, int] = {}  # gradients, by what they are of
+        self._earlier_timesteps = 0  # of calls of `learn` before `num_timesteps` was last reset
+        self._difference_calls = 0
+        self._is_mid_rollout = False
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
@@ -408,8 +414,8 @@ class AGPO(OffPolicyAlgorithm):
 
     @property
     def simulator_calls(self) -> int:
-        """Environment steps simulated in total, finite differences included."""
-        return self.num_timesteps + (self.dynamics.simulator_calls if self.dynamics is not None else 0)
+        """Environment steps simulated since the model was made, in all calls of ``learn``, finite differences included."""
+        return self._earlier_timesteps + self.num_timesteps + self._difference_calls
 
     @property
     def needs_derivatives(self) -> bool:
@@ -422,6 +428,7 @@ class AGPO(OffPolicyAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
+        self._is_mid_rollout = True
         self._acting_noise = None
         if self.dynamics is None or self.num_timesteps < learning_starts or action_noise is not None or self.use_sde:
             return super()._sample_action(learning_starts, action_noise, n_envs)
@@ -440,11 +447,36 @@ class AGPO(OffPolicyAlgorithm):
         self._noise_processes = next_processes(self._noise_processes, tuple(mean.shape))
         return pink_noise(self._noise_processes).to(mean)
 
-    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See :meth:`stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`."""
         # gSDE draws a matrix before callbacks are asked: a checkpoint saved by one of them is to draw the same again
         self._state_before_rollout = th.get_rng_state() if self.use_sde else None
-        return super().collect_rollouts(*args, **kwargs)
+        self._is_mid_rollout = False
+        try:
+            rollout = super().collect_rollouts(env, callback, *args, **kwargs)
+            if not rollout.continue_training:
+                self._store_last_step(callback.locals)
+        except BaseException:  # Ctrl-C as well: the environment has been stepped, or it has not
+            begin_new_episodes(self)
+            raise
+        finally:
+            self._is_mid_rollout = False
+        return rollout
+
+    def _store_last_step(self, step: dict[str, Any]) -> None:
+        """
+        Store the step after which a callback stopped training. SB3 drops it, and would then go on as if it had not been.
+
+        :param step: local variables of SB3's ``collect_rollouts``
+        """
+        self._update_info_buffer(step["infos"], step["dones"])
+        self._store_transition(
+            step["replay_buffer"], step["buffer_actions"], step["new_obs"], step["rewards"], step["dones"], step["infos"]
+        )
+        for index in np.flatnonzero(step["dones"]):
+            self._episode_num += 1
+            if self.action_noise is not None:
+                self.action_noise.reset(**({"indices": [index]} if self.n_envs > 1 else {}))
 
     def _store_transition(
         self,
@@ -504,15 +536,14 @@ class AGPO(OffPolicyAlgorithm):
         assert self.dynamics is not None
         start = time.perf_counter()
         n_pending = self.rollout_buffer.n_pending
-        # Windows of actions that were not the policy's, or that nobody is going to use, are thrown away
-        without_windows = self.num_timesteps <= self.learning_starts or self.gradient_steps == 0
-        is_needed = self.needs_derivatives and not (without_windows and self.critic_grad_coef == 0.0)
+        is_needed = self._needs_derivatives_at(self.num_timesteps)
         if is_needed and self.dynamics.n_recorded == n_pending:
             # Gradient matching is about all derivatives, windows about the action of their first step alone
             by_state = self.rollout_buffer.pending_inner() if self.critic_grad_coef == 0.0 else None
+            calls = self.dynamics.simulator_calls
             derivatives = self.dynamics.take(n_pending, by_state)
+            self._difference_calls += self.dynamics.simulator_calls - calls
         else:  # nobody wants them; or somebody else has stepped the environment, so that it is unknown which steps are ours
-            self.dynamics.discard()
             derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes(), self.provider_report.tangent_size)
         if is_needed:
             self._check_derivatives(derivatives.valid)
@@ -522,8 +553,27 @@ class AGPO(OffPolicyAlgorithm):
         if self.critic_grad_coef > 0.0:
             self.derivative_buffer.add(transitions, derivatives)
         self._record("derivative_seconds", time.perf_counter() - start)
-        if without_windows:
+        if not self._has_windows_at(self.num_timesteps):
             self.rollout_buffer.reset()
+        self._record_what_is_needed()
+
+    def _has_windows_at(self, num_timesteps: int) -> bool:
+        """Whether steps collected until then make windows: actions that were not the policy's, or that nobody uses, do not."""
+        return num_timesteps > self.learning_starts and self.gradient_steps != 0
+
+    def _needs_derivatives_at(self, num_timesteps: int) -> bool:
+        """Whether steps collected until then are to be differentiated."""
+        return self.needs_derivatives and (self.critic_grad_coef > 0.0 or self._has_windows_at(num_timesteps))
+
+    def _record_what_is_needed(self) -> None:
+        """Let the environment record steps, which takes time, only if the next batch of them is to be differentiated."""
+        assert self.dynamics is not None
+        n_missing = -(-self.rollout_size // self.n_envs) - self.rollout_buffer.n_pending
+        if self._needs_derivatives_at(self.num_timesteps + n_missing * self.n_envs):
+            self.dynamics.keep_oldest(self.rollout_buffer.n_pending)
+        else:
+            self.dynamics.discard()
+            self.dynamics.pause()
 
     def _check_derivatives(self, valid: np.ndarray) -> None:
         """Count derivatives that are not to be trusted; too many of them are an error."""
@@ -559,10 +609,10 @@ class AGPO(OffPolicyAlgorithm):
                 if self._n_updates % self.target_update_interval == 0:
                     self._update_target()
                 self._n_updates += 1
-        if self.dynamics is not None and self.rollout_buffer.full:
+        while self.dynamics is not None and self.rollout_buffer.full:
+            windows = self.rollout_buffer.take_windows(self._vec_normalize_env)
             for _ in range(self.rollout_epochs):
-                self._update_policy_from_windows()
-            self.rollout_buffer.discard_windows()
+                self._update_policy_from_windows(windows)
         self._write_statistics()
 
     def _update_learning_rates(self) -> None:
@@ -600,7 +650,8 @@ class AGPO(OffPolicyAlgorithm):
         """Replayed transitions with the critics' returns, cut where they leave the policy."""
         buffer, env = self.replay_buffer, self._vec_normalize_env
         if self._automatic_buffer and isinstance(buffer, NStepReplayBuffer):
-            buffer.gamma = self.gamma  # a callback may have changed it
+            # A callback may have changed them, and the buffer may be a loaded one
+            buffer.gamma, buffer.n_steps = self.gamma, self.n_steps
         if type(buffer) is NStepReplayBuffer and buffer.n_steps > 1 and self.trace_distance < math.inf:
             data, trace_length = sample_n_step(buffer, n, self.actor, self.trace_distance, env)
             self._record("trace_length", trace_length)
@@ -659,13 +710,13 @@ class AGPO(OffPolicyAlgorithm):
         update_learning_rate(self.ent_coef_optimizer, learning_rate * min(n_transitions, LONGEST_TEMPERATURE_STEP))
         self._step("ent_coef", self.ent_coef_optimizer, loss)
 
-    def _update_policy_from_windows(self) -> None:
+    def _update_policy_from_windows(self, windows: RolloutWindows) -> None:
         """The adaptive gradient on fresh windows; then the temperature, which must not run ahead of the policy."""
-        windows = self.rollout_buffer.windows(self._vec_normalize_env)
         update = window_update(self.policy, windows, self._gate(), self.gamma, self._current_ent_coef())
         for name, value in gradient_statistics(update.gradient, update.critic.q_a, windows.mask).items():
             self._record(name, value)
-        self._record("policy_grad_norm", self._step("actor", self.actor.optimizer, update.loss, self.max_grad_norm))
+        norm = self._step("actor (on windows)", self.actor.optimizer, update.loss, self.max_grad_norm)
+        self._record("policy_grad_norm", norm)
         self._update_average_policy()
         with th.no_grad():  # fresh noise: that of recorded actions was seen by the policy that it made better
             _, log_prob = sample_actions(self.actor, windows.observations[windows.mask > 0])
@@ -680,6 +731,10 @@ class AGPO(OffPolicyAlgorithm):
         """
         Take one optimiser step, unless the gradient is not finite.
 
+        :param name: what the gradient is of; non-finite ones in a row are counted for each name
+        :param optimizer: the optimiser
+        :param loss: scalar
+        :param max_norm: the gradient is clipped to this norm
         :return: norm of the gradient before clipping
         :raises ValueError: after ``MAX_NONFINITE`` such gradients in a row
         """
@@ -696,7 +751,7 @@ class AGPO(OffPolicyAlgorithm):
             optimizer.step()
             return norm
         optimizer.zero_grad()
-        self._nonfinite_in_a_row[name] += 1
+        self._nonfinite_in_a_row[name] = self._nonfinite_in_a_row.get(name, 0) + 1
         if self._nonfinite_in_a_row[name] >= MAX_NONFINITE:
             raise ValueError(
                 f"The last {MAX_NONFINITE} {name} gradients were not finite; the weights are still those before them. "
@@ -854,14 +909,19 @@ class AGPO(OffPolicyAlgorithm):
         if isinstance(self.replay_buffer, NStepReplayBuffer):  # it may be a loaded one, too
             last_obs = self._last_original_obs if self._vec_normalize_env is not None else self._last_obs
             end_last_episode(self.replay_buffer, None if will_reset else last_obs)  # type: ignore[arg-type]
-        if self.dynamics is not None:
-            if will_reset:
-                self.dynamics.discard()
-                self.rollout_buffer.reset()
-            else:  # a callback that stopped the last call did so before that step was stored
-                self.dynamics.keep_oldest(self.rollout_buffer.n_pending)
+        if self.dynamics is not None and will_reset:
+            self.dynamics.discard()
+            self.rollout_buffer.reset()
+        if reset_num_timesteps:
+            self._earlier_timesteps += self.num_timesteps
+        noise = None if will_reset else self.action_noise
+        noise_process = copy.deepcopy(vars(noise)) if noise is not None else {}
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if noise is not None:  # which SB3 begins anew, although the episode goes on
+            vars(noise).update(noise_process)
         check_observations(self._last_obs, self._vec_normalize_env)  # type: ignore[arg-type]
+        if self.dynamics is not None:
+            self._record_what_is_needed()
         return result
 
     def learn(
@@ -876,17 +936,20 @@ class AGPO(OffPolicyAlgorithm):
         """See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.learn`."""
         check_learn_arguments(total_timesteps, callback, log_interval)
         assert self.env is not None, "You must set the environment before calling learn(), with `set_env`"
-        with explained_faults(self.env):
-            super().learn(
-                total_timesteps=total_timesteps,
-                callback=callback,
-                log_interval=log_interval,
-                tb_log_name=tb_log_name,
-                reset_num_timesteps=reset_num_timesteps,
-                progress_bar=progress_bar,
-            )
-        if self.dynamics is not None:  # steps that others take in the environment need no derivatives
-            self.dynamics.pause()
+        try:
+            with explained_faults(self.env):
+                super().learn(
+                    total_timesteps=total_timesteps,
+                    callback=callback,
+                    log_interval=log_interval,
+                    tb_log_name=tb_log_name,
+                    reset_num_timesteps=reset_num_timesteps,
+                    progress_bar=progress_bar,
+                )
+        finally:
+            if self.dynamics is not None:  # steps that others take in the environment need no derivatives
+                with suppress(OSError, EOFError):  # of a dead worker, which the error on its way tells of
+                    self.dynamics.pause()
         return self
 
     def _excluded_save_params(self) -> list[str]:

@@ -209,6 +209,8 @@ def _exploration_noise(name: str, value: Any) -> None:
 
 
 def _gate(name: str, value: Any) -> None:
+    if isinstance(value, type):
+        raise TypeError(f"`{name}` must be an instance, got the class {value.__name__}; pass `{value.__name__}()`")
     if not callable(value):
         raise TypeError(f"`{name}` must be a `Gate` or a callable (analytic, critic, step) -> weights, got {value!r}")
 
@@ -222,10 +224,12 @@ def _policy_kwargs(name: str, value: Any) -> None:
     _instance(Mapping, "a dictionary of arguments of the policy, such as dict(net_arch=[64, 64])")(name, value)
     if "n_critics" in value:
         check_integer(f"{name}['n_critics']", value["n_critics"], 1, "SAC has 2")
-    layers = value.get("net_arch")
-    for widths in layers.values() if isinstance(layers, Mapping) else [layers or []]:
+    layers, advice = value.get("net_arch"), "pass the widths of the hidden layers, such as [64, 64]"
+    for widths in layers.values() if isinstance(layers, Mapping) else [layers if layers is not None else []]:
+        if not isinstance(widths, (list, tuple)):
+            raise TypeError(f"`{name}['net_arch']` must be a list, or a dictionary of lists, got {layers!r}; {advice}")
         for width in widths:
-            check_integer(f"{name}['net_arch']", width, 1, "pass the widths of the hidden layers, such as [64, 64]")
+            check_integer(f"{name}['net_arch']", width, 1, advice)
 
 
 _OFF = "0 turns it off"
@@ -260,7 +264,7 @@ CHECKS: dict[str, Check] = {
     "policy_delay": _optional(_integer(0, _OFF)),
     "max_grad_norm": _number(0.0, math.inf, "infinity turns clipping off", open_low=True, finite=False),
     "policy_tau": _optional(_number(0.0, 1.0, "1 turns averaging off", open_low=True)),
-    "derivative_memory": _number(0.0, math.inf, "pass gigabytes, such as 0.5", open_low=True),
+    "derivative_memory": _number(1e-6, math.inf, "pass gigabytes, such as 0.5"),
     "finite_differences": _optional(_instance(FiniteDifferences, "a `FiniteDifferences(...)`, or None for its defaults")),
     "max_invalid_fraction": _number(0.0, 1.0, "1 never stops training"),
     "sde_sample_freq": _integer(-1, "pass a number of steps, or -1 for once per rollout"),

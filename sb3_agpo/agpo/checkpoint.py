@@ -24,7 +24,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.faults import explained_faults
 from sb3_agpo.agpo.n_step import end_last_episode
-from sb3_agpo.checkpoint.directory import find_checkpoint, read_checkpoint, write_checkpoint
+from sb3_agpo.checkpoint.directory import read_newest, write_checkpoint
 from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
 from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
 
@@ -51,6 +51,7 @@ MADE_ANEW = (
     "derivative_buffer",
     "_statistics",
     "_state_before_rollout",
+    "_is_mid_rollout",
 )
 #: attributes of a model that are not saved as they are, but in another way if at all
 NOT_ATTRIBUTES = (
@@ -87,7 +88,8 @@ def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_gen
     """
     Add a checkpoint to a directory; the last one stays until the new one is complete.
 
-    To be called between two calls of ``learn`` or when a rollout begins, not in the middle of one.
+    To be called between two calls of ``learn`` or when a rollout begins, not in the middle of one. Every run needs a directory
+    of its own.
 
     :param model: the model
     :param directory: directory of checkpoints, made if it does not exist
@@ -96,12 +98,18 @@ def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_gen
     :return: the new checkpoint
     :raises ValueError: if ``keep`` is not positive, or the model has no environment
     :raises OSError: if it cannot be written; checkpoints that were there stay as they were
-    :raises RuntimeError: if a worker process of the environment has ended, naming it
+    :raises RuntimeError: in the middle of a rollout, when the last step is not stored yet; or if a worker process of the
+        environment has ended, naming it
     """
     if keep < 1:
         raise ValueError(f"`keep` must be at least 1, got {keep!r}")
     if model.env is None:
         raise ValueError("a model without environment has no run to go on with; call `set_env`, or use `save`")
+    if model._is_mid_rollout:
+        raise RuntimeError(
+            "the last step is not stored yet, so that nothing could go on from here; let `ResumableCheckpointCallback` save "
+            "checkpoints while learning, or call `save_checkpoint` between two calls of `learn`"
+        )
     with explained_faults(model.env):
         state = capture_model(model, torch_generator)
     return write_checkpoint(Path(directory), encode(state, "model"), model.num_timesteps, keep)
@@ -119,8 +127,7 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
     :raises ValueError: if there is no checkpoint, it is damaged or of another version, the environment does not fit, or an
         argument that could not be saved is missing
     """
-    checkpoint = find_checkpoint(Path(directory))
-    data = read_checkpoint(checkpoint)
+    checkpoint, data = read_newest(Path(directory))
     try:
         state = decode(data.structure, data.arrays)
         arguments = dict(state["arguments"])
@@ -190,7 +197,6 @@ def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> Stat
         "rollout_buffer": _without_device(model.rollout_buffer),
         "derivative_buffer": _without_device(model.derivative_buffer),
         "records": list(model.dynamics.get_records()) if model.dynamics is not None else [],
-        "derivative_calls": model.dynamics.simulator_calls if model.dynamics is not None else 0,
         "environment": capture_vec_environment(model.env),
         "generators": capture_generators(model, torch_generator),
     }
@@ -350,7 +356,6 @@ def restore_model(model: AGPO, state: State) -> None:
     restore_derivatives(model, state)
     notes = restore_vec_environment(model.env, state["environment"])
     if model.dynamics is not None:
-        model.dynamics.simulator_calls = state["derivative_calls"]
         model.dynamics.set_records(state["records"])
         model.dynamics.pause()
     if notes is None:

@@ -127,8 +127,9 @@ class DifferentiableRolloutBuffer:
     Fresh experience in windows, with the derivatives of each step.
 
     Steps come in one at a time, their derivatives later and in one batch. Once ``rollout_size`` transitions have both,
-    :attr:`full` is True and :meth:`windows` cuts each environment's steps into consecutive windows of ``horizon`` steps.
-    Nothing depends on the training frequency: one environment fills the buffer with consecutive stretches of its steps.
+    :attr:`full` is True and :meth:`take_windows` cuts each environment's steps into consecutive windows of ``horizon`` steps.
+    Nothing depends on the training frequency: one environment fills the buffer with consecutive stretches of its steps, and
+    where more than one batch has been collected, windows are taken batch by batch.
     Chains of derivatives end with episodes, and where a step does not start from the observation that the last one led to.
 
     :param rollout_size: transitions, over all environments, that make a batch of windows; at least ``horizon * n_envs``
@@ -159,9 +160,13 @@ class DifferentiableRolloutBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether a batch of windows is ready: enough transitions, and with many environments at least one whole window."""
-        steps = max(self.horizon, -(-self.rollout_size // self.n_envs))
-        return self._n_differentiated >= steps
+        """Whether a batch of windows is ready."""
+        return self._n_differentiated >= self.batch_steps
+
+    @property
+    def batch_steps(self) -> int:
+        """Steps that make a batch: enough transitions, and with many environments at least one whole window."""
+        return max(self.horizon, -(-self.rollout_size // self.n_envs))
 
     def add(self, transition: Transition) -> None:
         """
@@ -177,7 +182,7 @@ class DifferentiableRolloutBuffer:
 
         :return: shape ``(n_pending,)``
         """
-        return np.arange(self._n_differentiated, len(self._transitions)) % self.horizon != 0
+        return np.arange(self._n_differentiated, len(self._transitions)) % self.batch_steps % self.horizon != 0
 
     def pending_terminated(self) -> NDArray[np.bool_]:
         """
@@ -204,11 +209,23 @@ class DifferentiableRolloutBuffer:
         self._n_differentiated = len(self._transitions)
         return pending
 
-    def discard_windows(self) -> None:
-        """Forget the steps that :meth:`windows` gives, and keep those that still wait for their derivatives."""
-        del self._transitions[: self._n_differentiated]
-        self._derivatives.clear()
-        self._n_differentiated = 0
+    def take_windows(self, normalization: VecNormalize | None = None) -> RolloutWindows:
+        """
+        Cut the oldest batch into windows and forget its steps.
+
+        :param normalization: the environment's ``VecNormalize``, whose current statistics are applied
+        :return: the windows
+        :raises ValueError: if the buffer is not :attr:`full`
+        """
+        if not self.full:
+            raise ValueError(f"a batch is {self.batch_steps} steps with derivatives, there are {self._n_differentiated}")
+        joined = self._joined_derivatives()
+        windows = self._windows(self.batch_steps, joined, normalization)
+        del self._transitions[: self.batch_steps]
+        self._n_differentiated -= self.batch_steps
+        rest = StepDerivatives._make(field[self.batch_steps * self.n_envs :] for field in joined)
+        self._derivatives = [rest] if self._n_differentiated else []
+        return windows
 
     def windows(self, normalization: VecNormalize | None = None) -> RolloutWindows:
         """
@@ -220,10 +237,18 @@ class DifferentiableRolloutBuffer:
         """
         if self._n_differentiated == 0:
             raise ValueError("there are no steps with derivatives to cut into windows; wait until the buffer is `full`")
-        ready = self._transitions[: self._n_differentiated]
-        steps = Transition(*(np.stack(fields) for fields in zip(*ready, strict=True)))  # (T, n_envs, ...)
-        joined = [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in zip(*self._derivatives, strict=True)]
-        derivatives = StepDerivatives(*(field.reshape(len(ready), self.n_envs, *field.shape[1:]) for field in joined))
+        return self._windows(self._n_differentiated, self._joined_derivatives(), normalization)
+
+    def _joined_derivatives(self) -> StepDerivatives:
+        """All derivatives in one batch."""
+        parts = zip(*self._derivatives, strict=True)
+        return StepDerivatives._make(fields[0] if len(fields) == 1 else np.concatenate(fields) for fields in parts)
+
+    def _windows(self, n_steps: int, joined: StepDerivatives, normalization: VecNormalize | None) -> RolloutWindows:
+        """Cut the oldest ``n_steps`` steps into windows; ``joined`` has the derivatives of these and maybe more."""
+        oldest, n = self._transitions[:n_steps], n_steps * self.n_envs
+        steps = Transition._make(np.stack(fields) for fields in zip(*oldest, strict=True))  # (T, n_envs, ...)
+        derivatives = StepDerivatives._make(field[:n].reshape(n_steps, self.n_envs, *field.shape[1:]) for field in joined)
         obs, next_obs, scale_next = self._normalized(steps, normalization)
         scale_r = reward_scale(steps.rewards, normalization)
         boundary = steps.done.copy()
@@ -239,7 +264,7 @@ class DifferentiableRolloutBuffer:
             "terminated": steps.terminated,
             "boundary": boundary,
             "valid": derivatives.valid,
-            "mask": np.ones((len(ready), self.n_envs), dtype=np.float32),
+            "mask": np.ones((n_steps, self.n_envs), dtype=np.float32),
             "A": derivatives.A,
             "B": derivatives.B,
             "O_x": _over(scale_next, derivatives.O_x),

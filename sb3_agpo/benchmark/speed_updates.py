@@ -157,7 +157,7 @@ def measure_windows(case: Case, effort: Effort) -> Medians:
     :param effort: how long
     :return: milliseconds per update
     """
-    return _measure(case, effort, lambda model: model._update_policy_from_windows(), "policy")
+    return _measure(case, effort, lambda model: model._update_policy_from_windows(model.rollout_buffer.windows()), "policy")
 
 
 def measure_products(case: Case, effort: Effort) -> Medians:

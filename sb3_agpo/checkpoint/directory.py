@@ -165,6 +165,23 @@ def find_checkpoint(path: Path) -> Path:
     return checkpoints[-1]
 
 
+def read_newest(path: Path) -> tuple[Path, PlainData]:
+    """
+    Read the checkpoint that a path stands for, while another process may be adding newer ones and removing the oldest.
+
+    :param path: a checkpoint, or a directory of checkpoints for the newest of them
+    :return: the checkpoint, and what was written
+    :raises ValueError: if there is none, or it is damaged or of another version
+    """
+    while True:
+        checkpoint = find_checkpoint(path)
+        try:
+            return checkpoint, read_checkpoint(checkpoint)
+        except ValueError:
+            if checkpoint.is_dir() or checkpoint == path:  # nobody has removed it
+                raise
+
+
 def read_checkpoint(checkpoint: Path) -> PlainData:
     """
     Read a checkpoint.

@@ -10,6 +10,7 @@ behind. An environment with any other attribute that could hold state (a Box2D w
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import types
 import zlib
@@ -33,7 +34,9 @@ from sb3_agpo.dynamics.wrappers import is_time_limit
 State = dict[str, Any]
 
 #: attributes that are no state of their own
-STRUCTURAL = ("env", "mujoco_renderer", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
+STRUCTURAL = ("env", "mujoco_renderer", "render_mode", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
+#: arguments of an environment that only make pictures
+OF_PICTURES = ("width", "height", "camera_id", "max_geom")
 #: types that hold no state of an episode
 INERT: tuple[type, ...] = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, functools.partial),
@@ -76,7 +79,41 @@ def capture_environment(env: gym.Env[Any, Any]) -> State:
         "simulator": capture_simulator(unwrapped) if isinstance(unwrapped, MujocoEnv) else None,
         "unknown": [name for names in unknown for name in names],
         "lost": bool(unknown[-1]),
+        "made_with": given_numbers(env),
     }
+
+
+def given_numbers(env: gym.Env[Any, Any]) -> dict[str, float]:
+    """
+    The numbers that ``gymnasium.make`` was given for an environment.
+
+    :param env: environment, wrapped or not
+    :return: name -> number; empty for one made in another way
+    """
+    if env.spec is None:
+        return {}
+    given = {"max_episode_steps": env.spec.max_episode_steps, **env.spec.kwargs}
+    return {name: value for name, value in given.items() if isinstance(value, (int, float)) and name not in OF_PICTURES}
+
+
+def check_given_numbers(env: gym.Env[Any, Any], expected: dict[str, float]) -> None:
+    """
+    Refuse an environment that was made with other numbers, which those of the checkpoint would silently replace.
+
+    :param env: environment
+    :param expected: as :func:`given_numbers` returned it for the checkpoint's
+    :raises ValueError: naming what differs
+    """
+    own = given_numbers(env)
+    parameters = inspect.signature(type(env.unwrapped).__init__).parameters
+    for name in [*own, *(name for name in expected if name not in own)]:
+        default = parameters[name].default if name in parameters else None
+        here, there = own.get(name, default), expected.get(name, default)
+        if here != there and env.spec is not None and expected:
+            raise ValueError(
+                f"the environment was made with {name}={here!r}, that of the checkpoint with {there!r}; make it in the "
+                "same way, or use `load` to train in another one"
+            )
 
 
 def layer_name(layer: gym.Env[Any, Any]) -> str:
@@ -248,6 +285,7 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "
             "make it with the same wrappers"
         )
+    check_given_numbers(env, state.get("made_with", {}))
     for layer, layer_state in zip(own, state["layers"], strict=True):
         restore_layer(layer, layer_state)
     notes = list(state["unknown"])
