@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.save_util import recursive_getattr, recursive_setattr
 from stable_baselines3.common.type_aliases import GymEnv, TrainFreq
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -445,11 +446,11 @@ def restore_derivatives(model: AGPO, state: State) -> None:
         model.derivative_buffer.__setstate__(stored)
 
 
-def begin_new_episodes(model: AGPO) -> None:
+def begin_new_episodes(model: OffPolicyAlgorithm) -> None:
     """
     Make an end of the episodes that cannot be gone on with.
 
-    :param model: the model, whose environment has been reset
+    :param model: the model; its environment is reset by the next ``learn``, if it has not been already
     """
     model._last_obs = None  # `learn` resets the environment, and drops steps that wait for their derivatives
     if isinstance(model.replay_buffer, HerReplayBuffer):
