@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -21,14 +20,15 @@ import torch as th
 from PIL import Image as PillowImage
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import CSVOutputFormat, Figure, Image, KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Figure, Image, KVWriter, TensorBoardOutputFormat
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_agpo.agpo.adaptive_gradient import GateFunction
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
+from sb3_agpo.tracking.gate_recorder import MAX_BATCHES, GateRecorder
+from sb3_agpo.tracking.outputs import ProgressFile, write_to_tensorboard
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
 
 try:
@@ -39,15 +39,27 @@ except ImportError as error:
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
+__all__ = [
+    "DEFAULT_PROJECT",
+    "FIGURES",
+    "MAX_BATCHES",
+    "STEP",
+    "AGPOWandbCallback",
+    "GateRecorder",
+    "ProgressFile",
+    "WandbOutputFormat",
+    "settings_of",
+    "to_wandb",
+    "write_to_tensorboard",
+]
+
 #: environment steps, which everything is drawn against
 STEP = "global_step"
 DEFAULT_PROJECT = "sb3-agpo"
-MAX_BATCHES = 1000  # of a gate's weights between two histograms; the newest are kept
 FIGURES: dict[str, Callable[..., None]] = {
     "figures/learning_curve": learning_curve,
     "figures/gradient_statistics": gradient_statistics,
 }
-
 
 #: runs that a callback has started and not finished yet: id -> the callback, if it still exists
 _UNFINISHED: dict[str, weakref.ref[AGPOWandbCallback]] = {}
@@ -79,21 +91,6 @@ class WandbOutputFormat(KVWriter):
         """Nothing to close: whoever started the run finishes it."""
 
 
-class ProgressFile(CSVOutputFormat):
-    """SB3's CSV file, for figures to be drawn from; unlike SB3's it passes over what is no number."""
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """
-        Add a row.
-
-        :param key_values: names and values
-        :param key_excluded: does not matter here
-        :param step: environment steps
-        """
-        numbers = {key: value for key, value in key_values.items() if isinstance(value, int | float | np.number)}
-        super().write(numbers, dict.fromkeys(numbers, ()), step)
-
-
 def to_wandb(value: Any) -> Any:
     """
     Turn a value of SB3's logger into what Weights & Biases shows.
@@ -117,81 +114,6 @@ def to_wandb(value: Any) -> Any:
         case Animation():
             return wandb.Video(BytesIO(value.gif), format="gif")
     return None
-
-
-def write_to_tensorboard(output: TensorBoardOutputFormat, values: Mapping[str, Any], step: int) -> None:
-    """
-    Write values to TensorBoard's file.
-
-    :param output: SB3's writer
-    :param values: names and values; animations too, for which SB3 has no type
-    :param step: environment steps
-    """
-    others = {key: value for key, value in values.items() if not isinstance(value, Animation)}
-    output.write(others, dict.fromkeys(others, ()), step)
-    for key, value in values.items():
-        if isinstance(value, Animation):
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            image = Summary.Image(height=value.height, width=value.width, colorspace=3, encoded_image_string=value.gif)
-            assert output.writer.file_writer is not None
-            output.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
-
-
-class GateRecorder:
-    """
-    Remembers the weights of a model's gate.
-
-    The model's class is replaced, not its gate, which files that are saved in the meantime would contain.
-
-    :param model: the model
-    """
-
-    def __init__(self, model: AGPO) -> None:
-        self.model, self.kind = model, type(model)
-        self._weights: dict[int, deque[th.Tensor]] = {}
-
-        def gate(watched: AGPO) -> GateFunction:
-            return self._recorded(self.kind._gate(watched))
-
-        attributes = {"_gate": gate, "_gate_recorder": self, "__module__": self.kind.__module__}
-        self.watching = type(self.kind.__name__, (self.kind,), attributes)
-        model.__class__ = self.watching
-
-    def _recorded(self, gate: GateFunction) -> GateFunction:
-        """
-        Make a gate that is remembered.
-
-        :param gate: the gate
-        :return: one that gives the same weights
-        """
-
-        def recorded(analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
-            weights = gate(analytic, critic, step)
-            self._weights.setdefault(step, deque(maxlen=MAX_BATCHES)).append(weights.detach())
-            return weights
-
-        return recorded
-
-    def take(self) -> dict[int, th.Tensor]:
-        """
-        Hand over the weights remembered and forget them.
-
-        :return: step of the window -> weights of all samples
-        """
-        taken = {step: th.cat(list(weights)) for step, weights in sorted(self._weights.items())}
-        self._weights.clear()
-        return {step: weights[weights.isfinite()] for step, weights in taken.items() if weights.isfinite().any()}
-
-    def close(self) -> None:
-        """Give the model its class back, or that of the next recorder beneath."""
-        above = type(self.model)
-        if above is self.watching:
-            self.model.__class__ = self.kind
-            return
-        while above.__dict__["_gate_recorder"].kind is not self.watching:  # another recorder has come later
-            above = above.__dict__["_gate_recorder"].kind
-        above.__dict__["_gate_recorder"].kind = self.kind
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
