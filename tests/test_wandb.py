@@ -36,6 +36,7 @@ from sb3_agpo.tracking.wandb import (
     GateRecorder,
     ProgressFile,
     WandbOutputFormat,
+    artifact_name,
     settings_of,
     to_wandb,
 )
@@ -168,6 +169,18 @@ def test_checkpoints_are_versions_of_one_artifact(logged: Logged) -> None:
     model = AGPO.load(entry.local_path)
     assert model.num_timesteps == 150
     assert isinstance(model.gate, VarianceSwitch) and model.gate.ratio == 2.0
+
+
+def test_checkpoints_of_any_run_id(tmp_path: Path) -> None:
+    """wandb allows more in an id than in an artifact's name: training goes on, and no two runs share an artifact."""
+    callback = callback_in(tmp_path, run_id="my run@1", checkpoint_freq=20)
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=callback)
+    assert model.num_timesteps == 40
+    assert [artifact.name for artifact in Offline(tmp_path).artifacts] == [artifact_name("my run@1")] * 2
+    ids = ["my run", "my@run", "my-run", "läuft", "%", "x" * 117, "x" * 118, "x" * 119]
+    names = [wandb.Artifact(artifact_name(run_id), "model").name for run_id in ids]
+    assert len(set(names)) == len(ids)
+    assert (names[2], names[5]) == ("checkpoint-my-run", f"checkpoint-{'x' * 117}")  # as they are, where that is possible
 
 
 def test_configuration(logged: Logged) -> None:

@@ -6,7 +6,9 @@ Distributions of the gate, figures of the run, checkpoints with a history, video
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import re
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -48,6 +50,7 @@ __all__ = [
     "GateRecorder",
     "ProgressFile",
     "WandbOutputFormat",
+    "artifact_name",
     "settings_of",
     "to_wandb",
     "write_to_tensorboard",
@@ -56,6 +59,7 @@ __all__ = [
 #: environment steps, which everything is drawn against
 STEP = "global_step"
 DEFAULT_PROJECT = "sb3-agpo"
+LONGEST_NAME = 128  # characters of an artifact's name
 FIGURES: dict[str, Callable[..., None]] = {
     "figures/learning_curve": learning_curve,
     "figures/gradient_statistics": gradient_statistics,
@@ -145,6 +149,22 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def artifact_name(run_id: str) -> str:
+    """
+    Name the artifact of a run's checkpoints.
+
+    :param run_id: id of the run, in which wandb allows more than in names of artifacts
+    :return: ``checkpoint-<run id>``; if that is no valid name, dashes are put for what is not allowed, what is too long is
+        cut, and a hash at the end tells it from ids that would become the same
+    """
+    wanted = f"checkpoint-{run_id}"
+    allowed = re.sub(r"[^a-zA-Z0-9_.-]", "-", wanted)
+    if allowed == wanted and len(wanted) <= LONGEST_NAME:
+        return wanted
+    mark = f"-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+    return f"{allowed[: LONGEST_NAME - len(mark)]}{mark}"
+
+
 class AGPOWandbCallback(BaseCallback):
     """
     Logs a training run to Weights & Biases.
@@ -152,7 +172,7 @@ class AGPOWandbCallback(BaseCallback):
     Everything that SB3's logger writes, unless ``sync_tensorboard`` already sends it; and on top of it, to TensorBoard
     too if there is a log: histograms of the gate at each step of the windows (``gate/step_0`` ...), the learning curve
     and AGPO's gradient statistics as figures, videos. Checkpoints become versions of one artifact,
-    ``checkpoint-<run id>``. Other algorithms of SB3 can be logged as well; they have no gate.
+    ``checkpoint-<run id>`` (see :func:`artifact_name`). Other algorithms of SB3 can be logged as well; they have no gate.
 
     A run that is active (``wandb.run``) is used and left open; otherwise one is started and finished. wandb's own
     settings, such as ``WANDB_MODE=offline`` or ``disabled``, apply.
@@ -341,7 +361,7 @@ class AGPOWandbCallback(BaseCallback):
         """The model and what it needs to go on, as the next version of the run's artifact."""
         assert self._run is not None
         metadata = {"num_timesteps": self.num_timesteps, "algo": type(self.model).__name__}
-        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=metadata)
+        artifact = wandb.Artifact(artifact_name(self._run.id), "model", metadata=metadata)
         with tempfile.TemporaryDirectory() as folder:
             self.model.save(Path(folder) / "model.zip")
             normalization = self.model.get_vec_normalize_env()
