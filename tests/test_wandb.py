@@ -304,6 +304,28 @@ def test_two_callbacks_share_a_run(tmp_path: Path) -> None:
     assert list(Offline(tmp_path).series("gate/step_0")) == [40]
 
 
+def test_without_histograms_nothing_is_collected(tmp_path: Path) -> None:
+    """The model keeps its class while it learns, and no histogram is there; with them, both are otherwise."""
+
+    class Watch(BaseCallback):
+        kinds: set[type]
+
+        def _on_training_start(self) -> None:
+            self.kinds = set()
+
+        def _on_step(self) -> bool:
+            self.kinds.add(type(self.model))
+            return True
+
+    for frequency, kept in ((0, True), (20, False)):
+        folder, watch = tmp_path / str(frequency), Watch()
+        folder.mkdir()
+        model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+        model.learn(40, callback=[callback_in(folder, histogram_freq=frequency), watch])
+        assert (watch.kinds == {AGPO}) is kept and type(model) is AGPO
+        assert any("gate/step_0" in row for row in Offline(folder).rows) is not kept
+
+
 def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is called and nothing is written."""
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -204,7 +204,7 @@ class AGPOWandbCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.run_id, self.run_arguments = run_id, dict(run_arguments or {})
-        self.resumable_checkpoints, self.video_env = resumable_checkpoints, video_env
+        self.histogram_freq, self.resumable_checkpoints, self.video_env = histogram_freq, resumable_checkpoints, video_env
         frequencies = {"histogram": histogram_freq, "figure": figure_freq, "video": video_freq, "checkpoint": checkpoint_freq}
         for name, frequency in frequencies.items():
             if frequency < 0:
@@ -240,7 +240,7 @@ class AGPOWandbCallback(BaseCallback):
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
-        if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
+        if self.histogram_freq and isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
             self._gate = GateRecorder(self.model)
         self._last = {act: self.num_timesteps for _, act in self._schedule}
 
