@@ -31,6 +31,7 @@ from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
 from sb3_agpo.tracking.figures import read_progress
 from sb3_agpo.tracking.video import encode_animation, record_episode
 from sb3_agpo.tracking.wandb import (
+    FIGURES,
     STEP,
     AGPOWandbCallback,
     GateRecorder,
@@ -228,6 +229,36 @@ def test_going_on_by_id(tmp_path: Path) -> None:
     assert before.run_id == after.run_id == first.run_id == second.run_id
     assert list(before.series("gate/step_0")) == [50, 100]
     assert list(after.series("gate/step_0"))[-1] == 200 and min(after.series("train/ent_coef")) > 100
+
+
+def test_figures_go_on_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They show all calls of `learn` that the callback saw of the run, also an interrupted one; a new count begins anew."""
+    drawn: list[list[float]] = []
+
+    def draw(progress: Path, path: Path) -> None:
+        drawn.append(read_progress(progress)["time/total_timesteps"].tolist())
+        PillowImage.new("RGB", (2, 2)).save(path)
+
+    class Dump(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 60:
+                self.model.dump_logs()  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+            return True
+
+        def _on_training_end(self) -> None:
+            self.model.dump_logs()  # type: ignore[attr-defined]
+
+    monkeypatch.setitem(FIGURES, "figures/learning_curve", draw)
+    wandb.init(dir=str(tmp_path))
+    callbacks = [Dump(), AGPOWandbCallback(figure_freq=1000)]
+    named: dict[str, Any] = {"callback": callbacks, "log_interval": 1000}
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, **named)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, reset_num_timesteps=False, **named)
+    model.learn(20, reset_num_timesteps=False, **named)
+    model.learn(30, **named)
+    assert drawn == [[40.0], [40.0, 60.0, 80.0], [30.0]]
 
 
 def test_an_active_run_is_used_and_stays_open(tmp_path: Path) -> None:
@@ -464,6 +495,12 @@ def test_the_file_behind_the_figures_takes_what_users_record(tmp_path: Path) -> 
     output.write({"a": 1, "picture": Figure(matplotlib.figure.Figure(), close=False), "text": "b"}, {"picture": ("stdout",)})
     output.write({"a": np.float32(2.0), "c": 0.5}, {"a": ("csv",)})
     output.close()
+    rows = (tmp_path / "progress.csv").read_text()
+    longer = ProgressFile(str(tmp_path / "longer.csv"), rows)
+    longer.write({"c": 2.0, "b": 3}, {})
+    longer.close()
+    values = read_progress(tmp_path / "longer.csv")
+    assert np.array_equal(values["c"], [np.nan, 0.5, 2.0], equal_nan=True) and values["b"][-1] == 3.0
     assert {name: values.tolist() for name, values in read_progress(tmp_path / "progress.csv").items()}["a"] == [1.0, 2.0]
 
 

@@ -12,7 +12,17 @@ from sb3_agpo.tracking.video import Animation
 
 
 class ProgressFile(CSVOutputFormat):
-    """SB3's CSV file, for figures to be drawn from; unlike SB3's it passes over what is no number."""
+    """
+    SB3's CSV file, for figures to be drawn from; unlike SB3's it passes over what is no number.
+
+    :param filename: the file, which is made anew
+    :param rows: text of an earlier file, to go on with
+    """
+
+    def __init__(self, filename: str, rows: str = "") -> None:
+        super().__init__(filename)
+        self.file.write(rows)
+        self.keys = rows.partition("\n")[0].split(self.separator) if rows else []
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """

@@ -219,6 +219,7 @@ class AGPOWandbCallback(BaseCallback):
         self._gate: GateRecorder | None = None
         self._own_outputs: list[KVWriter] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._past: tuple[str | None, str] = None, ""  # id of the run and rows of figures when `learn` ended
 
     # ------------------------------------------------------------------ start and end
 
@@ -236,7 +237,9 @@ class AGPOWandbCallback(BaseCallback):
         self._wandb = None if synchronized else WandbOutputFormat(self._run)
         self._folder = tempfile.TemporaryDirectory()
         self._progress = Path(self._folder.name) / "progress.csv"
-        self._own_outputs = [ProgressFile(str(self._progress))]
+        run_id, rows = self._past
+        goes_on = run_id == self._run.id and self.num_timesteps > 0
+        self._own_outputs = [ProgressFile(str(self._progress), rows if goes_on else "")]
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
@@ -296,6 +299,7 @@ class AGPOWandbCallback(BaseCallback):
             output.close()
         self._own_outputs = []
         if self._folder is not None:
+            self._past = self.run_id, self._progress.read_text()
             self._folder.cleanup()
             self._folder = None
 
