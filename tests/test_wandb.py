@@ -1,6 +1,7 @@
 """Weights & Biases: real offline runs, read back from the files that they leave."""
 
 import gc
+import itertools
 import json
 import shutil
 import weakref
@@ -20,7 +21,7 @@ from PIL import Image as PillowImage
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Figure, HParam, Image
+from stable_baselines3.common.logger import Figure, HParam, Image, TensorBoardOutputFormat, Video
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,6 +30,7 @@ from wandb_files import Offline
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
 from sb3_agpo.tracking.figures import read_progress
+from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import encode_animation, record_episode
 from sb3_agpo.tracking.wandb import (
     FIGURES,
@@ -470,7 +472,9 @@ def test_settings() -> None:
         (np.arange(3), wandb.Histogram),
         (Figure(matplotlib.figure.Figure(), close=False), wandb.Image),
         (Image(np.zeros((4, 4, 3), dtype=np.uint8), "HWC"), wandb.Image),
-        (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), type(None)),
+        (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), wandb.Image),
+        (Image(th.rand(4, 4), "HW"), wandb.Image),
+        (Video(th.zeros(1, 2, 3, 4, 4), 10.0), wandb.Video),
         (encode_animation([np.zeros((4, 4, 3), dtype=np.uint8)] * 2, 10.0), wandb.Video),
         (HParam({}, {"a": 1}), type(None)),
     ],
@@ -478,6 +482,74 @@ def test_settings() -> None:
 def test_conversion(value: Any, kind: type) -> None:
     """What SB3's logger takes, as Weights & Biases shows it."""
     assert isinstance(to_wandb(value), kind)
+
+
+def test_images_are_read_as_tensorboard_does(tmp_path: Path) -> None:
+    """In every order of their axes, with one, three or four channels, as bytes and as fractions, and several in a grid."""
+    draw = np.random.default_rng(0)
+    images: dict[str, Image] = {}
+    for axes, channels in (("HW", 0), ("CHW", 1), ("CHW", 3), ("CHW", 4), ("NCHW", 1), ("NCHW", 3)):
+        for order in map("".join, itertools.permutations(axes)):
+            shape = [{"N": 11, "C": channels, "H": 4, "W": 5}[axis] for axis in order]
+            images[f"bytes/{channels}/{order}"] = Image(draw.integers(0, 256, shape, dtype=np.uint8), order)
+            images[f"fractions/{channels}/{order}"] = Image(th.as_tensor(draw.uniform(-0.2, 1.2, shape)), order.lower())
+    writer = TensorBoardOutputFormat(str(tmp_path))
+    writer.write(images, dict.fromkeys(images, ()), 0)  # type: ignore[arg-type]
+    writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert len(images) == 2 * (2 + 3 * 6 + 2 * 24)
+    for name, image in images.items():
+        (event,) = events.Images(name)
+        with PillowImage.open(BytesIO(event.encoded_image_string)) as picture:
+            assert np.array_equal(picture_of(image), np.asarray(picture)), name
+
+
+def test_figures_are_closed_if_they_should_be() -> None:
+    """As TensorBoard's writer does, which need not be there; those that stay open would add up."""
+    from matplotlib import pyplot
+
+    for close in (True, False):
+        figure = pyplot.figure()
+        assert isinstance(to_wandb(Figure(figure, close=close)), wandb.Image)
+        assert pyplot.fignum_exists(figure.number) is not close
+        pyplot.close(figure)
+
+
+def test_videos_of_the_logger(tmp_path: Path) -> None:
+    """Frame by frame at their speed, several beside one another, and sent without a codec."""
+    frames = th.zeros(2, 6, 1, 4, 5, dtype=th.uint8)
+    frames[0] = 40 * th.arange(6, dtype=th.uint8)[:, None, None, None]
+    pictures = frames_of(Video(frames, 10))
+    assert [picture.shape for picture in pictures] == [(4, 10, 3)] * 6
+    assert all((picture[:, :5] == 40 * i).all() and not picture[:, 5:].any() for i, picture in enumerate(pictures))
+    colors = np.random.default_rng(0).random((1, 3, 4, 4, 5))
+    first, *_ = frames_of(Video(th.as_tensor(colors), 10))
+    assert np.array_equal(first, (255 * colors[0, 0, :3].transpose(1, 2, 0).astype(np.float32)).astype(np.uint8))
+    with wandb.init(dir=str(tmp_path)) as run:
+        WandbOutputFormat(run).write({"seen": Video(frames, 10)}, {}, 7)
+    offline = Offline(tmp_path)
+    with PillowImage.open(offline.files / offline.series("seen")[7]["path"]) as picture:
+        assert (picture.format, picture.n_frames, picture.info["duration"]) == ("GIF", 6, 100)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Image(np.zeros((4, 4, 3)), "HW"), r"of shape \(4, 4, 3\) cannot have the axes 'HW'; name each of them"),
+        (Image(np.zeros((4, 4, 3)), "XYC"), "cannot have the axes 'XYC'"),
+        (Image(np.zeros((4, 2, 3)), "HCW"), "got 2 channel"),
+        (Image(np.zeros((5, 4, 4)), "CHW"), "1, 3 or 4 channels and at least one picture, got 5 channel"),
+        (Image(np.zeros((0, 3, 4, 4)), "NCHW"), r"and 0 value\(s\)"),
+        (Video(th.zeros(2, 3, 4, 4), 10.0), r"got \(2, 3, 4, 4\); add the axes that are missing"),
+        (Video(th.zeros(1, 2, 8, 8, 3), 10.0), "got 8 channel"),
+        (Video(th.zeros(1, 0, 3, 4, 4), 10.0), r"and 0 value\(s\)"),
+    ],
+)
+def test_images_that_cannot_be_read(value: Any, message: str) -> None:
+    """An error that tells the shape, instead of a picture that is none."""
+    with pytest.raises(ValueError, match=message):
+        to_wandb(value)
 
 
 def test_exclusion(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ import torch as th
 from PIL import Image as PillowImage
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure, Image, KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Figure, Image, KVWriter, TensorBoardOutputFormat, Video
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -31,6 +32,7 @@ from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
 from sb3_agpo.tracking.gate_recorder import MAX_BATCHES, GateRecorder
 from sb3_agpo.tracking.outputs import ProgressFile, write_to_tensorboard
+from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
 
 try:
@@ -99,8 +101,9 @@ def to_wandb(value: Any) -> Any:
     """
     Turn a value of SB3's logger into what Weights & Biases shows.
 
-    :param value: number, text, tensor or array (a histogram), figure, image or animation
+    :param value: number, text, tensor or array (a histogram), figure, image, video or animation
     :return: the converted value; None for what cannot be shown
+    :raises ValueError: if an image or video does not have the shape that it should
     """
     match value:
         case str():
@@ -112,9 +115,13 @@ def to_wandb(value: Any) -> Any:
         case Figure():
             picture = BytesIO()  # wandb's own conversion needs `pyplot`, which chooses a backend for the whole process
             value.figure.savefig(picture, format="png")
+            if value.close and "matplotlib.pyplot" in sys.modules:  # else nothing holds it open
+                sys.modules["matplotlib.pyplot"].close(value.figure)
             return wandb.Image(PillowImage.open(picture))
-        case Image(dataformats="HWC"):
-            return wandb.Image(np.asarray(value.image))
+        case Image():
+            return wandb.Image(picture_of(value))
+        case Video():
+            return to_wandb(encode_animation(frames_of(value), value.fps))
         case Animation():
             return wandb.Video(BytesIO(value.gif), format="gif")
     return None
