@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch as th
@@ -20,7 +21,7 @@ from stable_baselines3.common.logger import configure
 from tqdm import tqdm
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.benchmark.run import Evaluator, show_warnings_once
+from sb3_agpo.benchmark.run import show_warnings_once
 from sb3_agpo.command_line import EXIT_USAGE
 from sb3_agpo.demo_options import DEFAULT_MINUTES, check, parse
 from sb3_agpo.demo_training import (
@@ -30,6 +31,7 @@ from sb3_agpo.demo_training import (
     LOGS_PER_EVALUATION,
     Budget,
     DemoCallback,
+    DemoEvaluator,
     Evaluation,
     first_interrupt_stops,
 )
@@ -48,6 +50,7 @@ __all__ = [
     "RANDOM_EPISODES",
     "Budget",
     "DemoCallback",
+    "DemoEvaluator",
     "Evaluation",
     "check",
     "first_interrupt_stops",
@@ -78,7 +81,8 @@ def limit_threads() -> None:
     Its threads wait for each other at every operation, many times a millisecond: where one of them has to share its core
     with another program, learning with two threads is several times slower than with one.
     """
-    cores = len(os.sched_getaffinity(0))
+    # Not every platform tells how many of its cores this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     th.set_num_threads(max(1, min(th.get_num_threads(), cores - 1, MAX_THREADS)))
 
 
@@ -211,7 +215,8 @@ def prepare(options: argparse.Namespace) -> tuple[AGPO, Evaluation, Path]:
     check(options)
     limit_threads()
     model = make_model(options)
-    random = Evaluation.of(0, Evaluator(options.env).play_random(options.seed, RANDOM_EPISODES))
+    with closing(DemoEvaluator(options.env)) as evaluator:
+        random = Evaluation.of(0, evaluator.play_random(options.seed, RANDOM_EPISODES))
     folder = fresh_folder(options.output)
     model.set_logger(configure(str(folder), ["csv", "tensorboard"]))
     return model, random, folder
@@ -233,6 +238,8 @@ def run(options: argparse.Namespace, model: AGPO, random: Evaluation, folder: Pa
     print(f"Simulator derivatives: {source} ({model.provider_report.reason})", flush=True)
     callback, interrupted = train(model, options)
     written = save(model, folder, options.save_replay_buffer, title, random.mean)
+    assert model.env is not None
+    model.env.close()
     print(f"\n{summary(model, callback, random)}\n\n  {folder}/")
     for name, description in written:
         print(f"    {name:<22} {description}")

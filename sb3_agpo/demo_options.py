@@ -66,13 +66,13 @@ def check(options: argparse.Namespace) -> None:
 
 def _check_device(name: str) -> None:
     """
-    Refuse a device that torch does not have.
+    Refuse a device that torch does not have, or that does not compute.
 
     :param name: of the command line
     :raises ValueError: with what to change
     """
     try:
-        th.empty(0, device="cpu" if name == "auto" else name)
+        th.zeros(1, device="cpu" if name == "auto" else name).item()  # "meta" has shapes only, and no values to be read
     # AssertionError: torch without CUDA
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
