@@ -12,8 +12,11 @@ import datetime
 import json
 import pickle
 import sys
+import tempfile
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +42,20 @@ except ImportError as error:
 ALGORITHM = "agpo"
 EPISODES = 10
 NORMALIZATION = "vec_normalize.pkl"
+#: of the first evaluated episode's environment; far from those of training, which count up from the run's seed
+EVALUATION_SEED = 1_000_000
+#: what files and environments that do not fit raise when they are loaded and made
+FAULTS = (
+    gym.error.Error,
+    ImportError,
+    AttributeError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 TAGS = ["deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3", "sb3-agpo"]
 #: settings that are shown on the card, as they were given to AGPO
 SHOWN = (
@@ -186,38 +203,104 @@ def write_hub_folder(
 
     :param model: the model
     :param env_id: Gymnasium's id of its environment
-    :param folder: to be written; must not exist or be empty
+    :param folder: to be written; must not exist or be empty. It gets everything, or nothing if there is an error
     :param env: to evaluate it in; None to make it by its id. With a ``VecNormalize``, its statistics are not changed
-    :param episodes: of the evaluation
+    :param episodes: of the evaluation, which begin in the same states each time
     :return: the evaluation
-    :raises ValueError: if the folder has something in it
+    :raises ValueError: if the folder has something in it, or cannot be made
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    _check_folder(folder)
+    with _complete_or_not_at_all(folder) as place:
+        evaluation = _evaluate(model, env_id, env, episodes)
+        _write(model, env_id, place, evaluation)
+    return evaluation
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Refuse a folder that cannot be written to, and make those that it is to lie in.
+
+    :param folder: of a user
+    :raises ValueError: with what to change
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder that is empty, or that can be made")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        empty = not folder.exists() or not any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be made ({error}); give one that can") from error
+    if not empty:
         raise ValueError(f"the folder {folder} is not empty; give one that is, or that can be made")
-    folder.mkdir(parents=True, exist_ok=True)
-    normalization = model.get_vec_normalize_env()
-    env = env or make_vec_env(env_id)
+
+
+@contextmanager
+def _complete_or_not_at_all(folder: Path) -> Iterator[Path]:
+    """
+    A folder to write to, of which another one gets everything at the end, and nothing after an error.
+
+    :param folder: the other one; does not exist or is empty
+    :return: context with the folder to write to
+    """
+    exists = folder.exists()  # as a mounted disk or the working directory, perhaps: nothing that can be replaced
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=folder if exists else folder.parent) as temporary:
+        place = Path(temporary) / "folder"  # the temporary one itself is for its owner's eyes only
+        place.mkdir()
+        yield place
+        for source, target in [(path, folder / path.name) for path in place.iterdir()] if exists else [(place, folder)]:
+            source.rename(target)
+
+
+def _evaluate(model: AGPO, env_id: str, env: VecEnv | None, episodes: int) -> Evaluation:
+    """
+    Play episodes with the deterministic policy, which begin in the same states each time.
+
+    :param model: the model
+    :param env_id: Gymnasium's id of its environment
+    :param env: to evaluate it in; None to make it by its id
+    :param episodes: how many
+    :return: the evaluation
+    """
+    normalization, own = model.get_vec_normalize_env(), None
+    if env is None:
+        env = own = make_vec_env(env_id)
     if normalization is not None and unwrap_vec_normalize(env) is None:
         env = _frozen(normalization, env)
-    with held_normalization(env):
-        mean, deviation = evaluate_policy(model, env, n_eval_episodes=episodes, deterministic=True)
-    evaluation = Evaluation(float(mean), float(deviation), episodes)  # type: ignore[arg-type]
-    name = repository_name(env_id)
-    model.save(folder / f"{name}.zip")
+    try:
+        env.seed(EVALUATION_SEED)
+        with held_normalization(env):
+            mean, deviation = evaluate_policy(model, env, n_eval_episodes=episodes, deterministic=True)
+    finally:
+        if own is not None:
+            own.close()
+    return Evaluation(float(mean), float(deviation), episodes)  # type: ignore[arg-type]
+
+
+def _write(model: AGPO, env_id: str, folder: Path, evaluation: Evaluation) -> None:
+    """
+    Write the files.
+
+    :param model: the model
+    :param env_id: Gymnasium's id of its environment
+    :param folder: of the files
+    :param evaluation: of the model
+    """
+    path, normalization = folder / f"{repository_name(env_id)}.zip", model.get_vec_normalize_env()
+    model.save(path)
     if normalization is not None:
         normalization.save(str(folder / NORMALIZATION))
-    (folder / "config.json").write_text(json.dumps(_settings(folder / f"{name}.zip")))
+    system = stable_baselines3.get_system_info(print_info=False)[0]
+    (folder / "config.json").write_text(json.dumps({**_saved_data(path), "system_info": system}))
     results = {
         "mean_reward": evaluation.mean,
         "std_reward": evaluation.deviation,
         "is_deterministic": True,
-        "n_eval_episodes": episodes,
+        "n_eval_episodes": evaluation.episodes,
         "eval_datetime": datetime.datetime.now().isoformat(),
     }
     (folder / "results.json").write_text(json.dumps(results))
     model_card(model, env_id, evaluation).save(folder / "README.md")
-    return evaluation
 
 
 def _frozen(normalization: VecNormalize, env: VecEnv) -> VecNormalize:
@@ -228,11 +311,22 @@ def _frozen(normalization: VecNormalize, env: VecEnv) -> VecNormalize:
     return frozen
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """What is readable in a saved model, and the system it was saved on."""
-    with zipfile.ZipFile(path) as archive:
-        settings: dict[str, Any] = json.loads(archive.read("data"))
-    return {**settings, "system_info": stable_baselines3.get_system_info(print_info=False)[0]}
+def _saved_data(path: Path) -> dict[str, Any]:
+    """
+    Read what is readable in a saved model.
+
+    :param path: file that ``AGPO.save`` wrote
+    :return: names and values, or descriptions of them
+    :raises ValueError: if it is another file
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = json.loads(archive.read("data"))
+        if not isinstance(data, dict) or "buffer_size" not in data:
+            raise ValueError("it has no settings of AGPO")
+        return data
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no model that AGPO.save wrote, or not the whole of one ({error}); give one") from error
 
 
 def load_for_card(path: Path, env_id: str, normalization: Path | None) -> AGPO:
@@ -248,15 +342,16 @@ def load_for_card(path: Path, env_id: str, normalization: Path | None) -> AGPO:
     for file in (path, normalization):
         if file is not None and not file.is_file():
             raise ValueError(f"there is no file {file}")
+    buffer_size = _saved_data(path)["buffer_size"]
     try:
         env: VecEnv = make_vec_env(env_id)
         if normalization is not None:
             env = VecNormalize.load(str(normalization), env)
         # A replay buffer of the size it was trained with would only take memory
         model = AGPO.load(path, env=env, device="cpu", custom_objects={"buffer_size": 1})
-        model.buffer_size = _settings(path)["buffer_size"]  # that of the file, for whoever trains it further
+        model.buffer_size = buffer_size  # that of the file, for whoever trains it further
         return model
-    except (gym.error.Error, ImportError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except FAULTS as error:
         raise ValueError(f"{path} and {env_id} do not go together, or one of them is wrong ({error})") from error
 
 
@@ -280,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_at_least(1, options, "episodes")
         model = load_for_card(options.model, options.env, options.normalization)
         evaluation = write_hub_folder(model, options.env, folder, episodes=options.episodes)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # Wrong options are the user's to correct: the message says how, a traceback would only hide it
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

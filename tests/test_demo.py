@@ -21,6 +21,7 @@ import matplotlib.image
 import mujoco
 import numpy as np
 import pytest
+import torch as th
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sb3_agpo import AGPO, demo
@@ -189,6 +190,7 @@ def test_without_derivatives(tmp_path: Path) -> None:
         (["--env", "no_such_module:Task-v0"], "--env 'no_such_module:Task-v0' cannot be made"),
         (["--env", "CartPole-v1"], "needs continuous actions"),
         (["--device", "abacus"], "--device 'abacus' cannot be used"),
+        (["--device", "meta"], "--device 'meta' cannot be used"),
     ],
 )
 def test_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,10 +307,41 @@ def test_evaluations_leave_time_to_learn(tmp_path: Path, monkeypatch: pytest.Mon
         return [1.0]
 
     monkeypatch.setattr(demo, "make_model", make_learning_model)
-    monkeypatch.setattr(demo.Evaluator, "play_model", play_slowly)
+    monkeypatch.setattr(demo.DemoEvaluator, "play_model", play_slowly)
     run = run_demo(tmp_path / "demo", "--minutes", "0.02")
     returns = figures.read_progress(run.folder / "progress.csv")["eval/mean_reward"]
     assert np.isfinite(returns).sum() == 2 < len(returns)
+
+
+def test_no_environment_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither those of training nor those of evaluations and of the random policy."""
+    make, made, closed = gym.make, [], []
+
+    def make_watched(*args: Any, **named: Any) -> gym.Env[Any, Any]:
+        env = make(*args, **named)
+        close = env.close
+        made.append(id(env))
+        monkeypatch.setattr(env, "close", lambda: (closed.append(id(env)), close()))
+        return env
+
+    monkeypatch.setattr(gym, "make", make_watched)
+    assert run_demo(tmp_path / "demo", "--steps", "20").code == 0
+    assert len(made) >= demo.RANDOM_EPISODES and set(made) == set(closed)
+
+
+def test_threads_where_the_cores_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On platforms that do not tell which cores a process may use, or not even how many there are."""
+    before, threads = th.get_num_threads(), []
+    try:
+        monkeypatch.delattr(os, "sched_getaffinity")
+        for cores in (3, 16, None):
+            th.set_num_threads(8)
+            monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+            demo.limit_threads()
+            threads.append(th.get_num_threads())
+    finally:
+        th.set_num_threads(before)
+    assert threads == [2, 4, 1]
 
 
 def test_default_budget() -> None:

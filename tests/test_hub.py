@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,64 @@ def test_card_says_how_the_model_was_made_and_its_code_is_complete(saved: Path) 
     assert isinstance(names["model"], AGPO) and names["env"].training is False  # type: ignore[attr-defined]
 
 
+def episodes_of(folder: Path) -> tuple[float, float]:
+    """Mean and deviation of the evaluation in a folder."""
+    results = json.loads((folder / "results.json").read_text())
+    return results["mean_reward"], results["std_reward"]
+
+
+def test_the_evaluation_is_the_same_each_time(tmp_path: Path) -> None:
+    """In environments of its own as in a given one that has been played in."""
+    task = "InvertedDoublePendulum-v5"  # whose returns are not whole numbers
+    model, given = small_model(task), make_vec_env(task)
+    for name, env in (("first", None), ("second", None), ("third", given), ("fourth", given)):
+        hub.write_hub_folder(model, task, tmp_path / name, env, episodes=3)
+    evaluations = {episodes_of(tmp_path / name) for name in ("first", "second", "third", "fourth")}
+    assert len(evaluations) == 1 and evaluations.pop()[1] > 0.0  # different states within an evaluation
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_midway_leaves_nothing(
+    exists: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the next try finds what the first one found; folders of both have everybody's usual rights."""
+    arguments = [f"{saved}/model.zip", "--env", ENV, "--episodes", "1", "--output", "some/where"]
+    folder = tmp_path / "some" / "where"
+    if exists:
+        folder.mkdir(parents=True)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "model_card", fail)
+        assert hub.main(arguments) == 2
+    assert "error: no space left" in capsys.readouterr().err
+    assert list((tmp_path / "some").rglob("*")) == ([folder] if exists else [])
+    assert hub.main(arguments) == 0
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "results.json", f"agpo-{ENV}.zip"}
+    (tmp_path / "usual").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert list((tmp_path / "some").iterdir()) == [folder]
+
+
+def replace_in_model(saved: Path, name: str, part: str, content: bytes | None) -> None:
+    """
+    Write a model with something else in it.
+
+    :param saved: folder of the model
+    :param name: file to be written
+    :param part: of the model
+    :param content: in its place; None to leave it out
+    """
+    with zipfile.ZipFile(saved / "model.zip") as model, zipfile.ZipFile(name, "w") as other:
+        for each in model.namelist():
+            if each != part:
+                other.writestr(each, model.read(each))
+            elif content is not None:
+                other.writestr(each, content)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,9 +175,19 @@ def test_card_says_how_the_model_was_made_and_its_code_is_complete(saved: Path) 
         (["MODEL", "--env", "Hopper-v5"], "do not go together"),
         (["MODEL", "--env", ENV, "--episodes", "0"], "--episodes is 0"),
         (["MODEL", "--env", ENV, "--output", "FULL"], "is not empty"),
+        (["MODEL", "--env", ENV, "--output", "file"], "file is a file; give a folder"),
+        (["MODEL", "--env", ENV, "--output", "file/below"], "the folder file/below cannot be made"),
+        (["file", "--env", ENV], "file is no model that AGPO.save wrote, or not the whole of one"),
+        (["without-data.zip", "--env", ENV], "without-data.zip is no model that AGPO.save wrote, or not the whole of one"),
+        (["no-agpo.zip", "--env", ENV], "it has no settings of AGPO"),
+        (["without-weights.zip", "--env", ENV], "do not go together"),
     ],
 )
 def test_wrong_options(arguments: list[str], message: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    replace_in_model(saved, "without-data.zip", "data", None)
+    replace_in_model(saved, "no-agpo.zip", "data", b"[]")
+    replace_in_model(saved, "without-weights.zip", "policy.pth", b"")
     given = [{"MODEL": f"{saved}/model.zip", "FULL": str(saved)}.get(each, each) for each in arguments]
     assert hub.main(given) == 2
     assert message in capsys.readouterr().err

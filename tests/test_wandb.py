@@ -1,6 +1,7 @@
 """Weights & Biases: real offline runs, read back from the files that they leave."""
 
 import gc
+import itertools
 import json
 import shutil
 import weakref
@@ -20,7 +21,7 @@ from PIL import Image as PillowImage
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Figure, HParam, Image
+from stable_baselines3.common.logger import Figure, HParam, Image, TensorBoardOutputFormat, Video
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,13 +30,16 @@ from wandb_files import Offline
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
 from sb3_agpo.tracking.figures import read_progress
+from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import encode_animation, record_episode
 from sb3_agpo.tracking.wandb import (
+    FIGURES,
     STEP,
     AGPOWandbCallback,
     GateRecorder,
     ProgressFile,
     WandbOutputFormat,
+    artifact_name,
     settings_of,
     to_wandb,
 )
@@ -170,6 +174,18 @@ def test_checkpoints_are_versions_of_one_artifact(logged: Logged) -> None:
     assert isinstance(model.gate, VarianceSwitch) and model.gate.ratio == 2.0
 
 
+def test_checkpoints_of_any_run_id(tmp_path: Path) -> None:
+    """wandb allows more in an id than in an artifact's name: training goes on, and no two runs share an artifact."""
+    callback = callback_in(tmp_path, run_id="my run@1", checkpoint_freq=20)
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=callback)
+    assert model.num_timesteps == 40
+    assert [artifact.name for artifact in Offline(tmp_path).artifacts] == [artifact_name("my run@1")] * 2
+    ids = ["my run", "my@run", "my-run", "läuft", "%", "x" * 117, "x" * 118, "x" * 119]
+    names = [wandb.Artifact(artifact_name(run_id), "model").name for run_id in ids]
+    assert len(set(names)) == len(ids)
+    assert (names[2], names[5]) == ("checkpoint-my-run", f"checkpoint-{'x' * 117}")  # as they are, where that is possible
+
+
 def test_configuration(logged: Logged) -> None:
     """Hyperparameters, the source of derivatives, and what a run was asked to be."""
     config = logged.run.config()
@@ -215,6 +231,36 @@ def test_going_on_by_id(tmp_path: Path) -> None:
     assert before.run_id == after.run_id == first.run_id == second.run_id
     assert list(before.series("gate/step_0")) == [50, 100]
     assert list(after.series("gate/step_0"))[-1] == 200 and min(after.series("train/ent_coef")) > 100
+
+
+def test_figures_go_on_with_their_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They show all calls of `learn` that the callback saw of the run, also an interrupted one; a new count begins anew."""
+    drawn: list[list[float]] = []
+
+    def draw(progress: Path, path: Path) -> None:
+        drawn.append(read_progress(progress)["time/total_timesteps"].tolist())
+        PillowImage.new("RGB", (2, 2)).save(path)
+
+    class Dump(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 60:
+                self.model.dump_logs()  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+            return True
+
+        def _on_training_end(self) -> None:
+            self.model.dump_logs()  # type: ignore[attr-defined]
+
+    monkeypatch.setitem(FIGURES, "figures/learning_curve", draw)
+    wandb.init(dir=str(tmp_path))
+    callbacks = [Dump(), AGPOWandbCallback(figure_freq=1000)]
+    named: dict[str, Any] = {"callback": callbacks, "log_interval": 1000}
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, **named)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, reset_num_timesteps=False, **named)
+    model.learn(20, reset_num_timesteps=False, **named)
+    model.learn(30, **named)
+    assert drawn == [[40.0], [40.0, 60.0, 80.0], [30.0]]
 
 
 def test_an_active_run_is_used_and_stays_open(tmp_path: Path) -> None:
@@ -289,6 +335,28 @@ def test_two_callbacks_share_a_run(tmp_path: Path) -> None:
     model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL).learn(40, callback=[*pair])
     assert pair[0].run_id == pair[1].run_id and wandb.run is None and type(model) is AGPO
     assert list(Offline(tmp_path).series("gate/step_0")) == [40]
+
+
+def test_without_histograms_nothing_is_collected(tmp_path: Path) -> None:
+    """The model keeps its class while it learns, and no histogram is there; with them, both are otherwise."""
+
+    class Watch(BaseCallback):
+        kinds: set[type]
+
+        def _on_training_start(self) -> None:
+            self.kinds = set()
+
+        def _on_step(self) -> bool:
+            self.kinds.add(type(self.model))
+            return True
+
+    for frequency, kept in ((0, True), (20, False)):
+        folder, watch = tmp_path / str(frequency), Watch()
+        folder.mkdir()
+        model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+        model.learn(40, callback=[callback_in(folder, histogram_freq=frequency), watch])
+        assert (watch.kinds == {AGPO}) is kept and type(model) is AGPO
+        assert any("gate/step_0" in row for row in Offline(folder).rows) is not kept
 
 
 def test_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +472,9 @@ def test_settings() -> None:
         (np.arange(3), wandb.Histogram),
         (Figure(matplotlib.figure.Figure(), close=False), wandb.Image),
         (Image(np.zeros((4, 4, 3), dtype=np.uint8), "HWC"), wandb.Image),
-        (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), type(None)),
+        (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), wandb.Image),
+        (Image(th.rand(4, 4), "HW"), wandb.Image),
+        (Video(th.zeros(1, 2, 3, 4, 4), 10.0), wandb.Video),
         (encode_animation([np.zeros((4, 4, 3), dtype=np.uint8)] * 2, 10.0), wandb.Video),
         (HParam({}, {"a": 1}), type(None)),
     ],
@@ -412,6 +482,74 @@ def test_settings() -> None:
 def test_conversion(value: Any, kind: type) -> None:
     """What SB3's logger takes, as Weights & Biases shows it."""
     assert isinstance(to_wandb(value), kind)
+
+
+def test_images_are_read_as_tensorboard_does(tmp_path: Path) -> None:
+    """In every order of their axes, with one, three or four channels, as bytes and as fractions, and several in a grid."""
+    draw = np.random.default_rng(0)
+    images: dict[str, Image] = {}
+    for axes, channels in (("HW", 0), ("CHW", 1), ("CHW", 3), ("CHW", 4), ("NCHW", 1), ("NCHW", 3)):
+        for order in map("".join, itertools.permutations(axes)):
+            shape = [{"N": 11, "C": channels, "H": 4, "W": 5}[axis] for axis in order]
+            images[f"bytes/{channels}/{order}"] = Image(draw.integers(0, 256, shape, dtype=np.uint8), order)
+            images[f"fractions/{channels}/{order}"] = Image(th.as_tensor(draw.uniform(-0.2, 1.2, shape)), order.lower())
+    writer = TensorBoardOutputFormat(str(tmp_path))
+    writer.write(images, dict.fromkeys(images, ()), 0)  # type: ignore[arg-type]
+    writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert len(images) == 2 * (2 + 3 * 6 + 2 * 24)
+    for name, image in images.items():
+        (event,) = events.Images(name)
+        with PillowImage.open(BytesIO(event.encoded_image_string)) as picture:
+            assert np.array_equal(picture_of(image), np.asarray(picture)), name
+
+
+def test_figures_are_closed_if_they_should_be() -> None:
+    """As TensorBoard's writer does, which need not be there; those that stay open would add up."""
+    from matplotlib import pyplot
+
+    for close in (True, False):
+        figure = pyplot.figure()
+        assert isinstance(to_wandb(Figure(figure, close=close)), wandb.Image)
+        assert pyplot.fignum_exists(figure.number) is not close
+        pyplot.close(figure)
+
+
+def test_videos_of_the_logger(tmp_path: Path) -> None:
+    """Frame by frame at their speed, several beside one another, and sent without a codec."""
+    frames = th.zeros(2, 6, 1, 4, 5, dtype=th.uint8)
+    frames[0] = 40 * th.arange(6, dtype=th.uint8)[:, None, None, None]
+    pictures = frames_of(Video(frames, 10))
+    assert [picture.shape for picture in pictures] == [(4, 10, 3)] * 6
+    assert all((picture[:, :5] == 40 * i).all() and not picture[:, 5:].any() for i, picture in enumerate(pictures))
+    colors = np.random.default_rng(0).random((1, 3, 4, 4, 5))
+    first, *_ = frames_of(Video(th.as_tensor(colors), 10))
+    assert np.array_equal(first, (255 * colors[0, 0, :3].transpose(1, 2, 0).astype(np.float32)).astype(np.uint8))
+    with wandb.init(dir=str(tmp_path)) as run:
+        WandbOutputFormat(run).write({"seen": Video(frames, 10)}, {}, 7)
+    offline = Offline(tmp_path)
+    with PillowImage.open(offline.files / offline.series("seen")[7]["path"]) as picture:
+        assert (picture.format, picture.n_frames, picture.info["duration"]) == ("GIF", 6, 100)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Image(np.zeros((4, 4, 3)), "HW"), r"of shape \(4, 4, 3\) cannot have the axes 'HW'; name each of them"),
+        (Image(np.zeros((4, 4, 3)), "XYC"), "cannot have the axes 'XYC'"),
+        (Image(np.zeros((4, 2, 3)), "HCW"), "got 2 channel"),
+        (Image(np.zeros((5, 4, 4)), "CHW"), "1, 3 or 4 channels and at least one picture, got 5 channel"),
+        (Image(np.zeros((0, 3, 4, 4)), "NCHW"), r"and 0 value\(s\)"),
+        (Video(th.zeros(2, 3, 4, 4), 10.0), r"got \(2, 3, 4, 4\); add the axes that are missing"),
+        (Video(th.zeros(1, 2, 8, 8, 3), 10.0), "got 8 channel"),
+        (Video(th.zeros(1, 0, 3, 4, 4), 10.0), r"and 0 value\(s\)"),
+    ],
+)
+def test_images_that_cannot_be_read(value: Any, message: str) -> None:
+    """An error that tells the shape, instead of a picture that is none."""
+    with pytest.raises(ValueError, match=message):
+        to_wandb(value)
 
 
 def test_exclusion(tmp_path: Path) -> None:
@@ -429,6 +567,12 @@ def test_the_file_behind_the_figures_takes_what_users_record(tmp_path: Path) -> 
     output.write({"a": 1, "picture": Figure(matplotlib.figure.Figure(), close=False), "text": "b"}, {"picture": ("stdout",)})
     output.write({"a": np.float32(2.0), "c": 0.5}, {"a": ("csv",)})
     output.close()
+    rows = (tmp_path / "progress.csv").read_text()
+    longer = ProgressFile(str(tmp_path / "longer.csv"), rows)
+    longer.write({"c": 2.0, "b": 3}, {})
+    longer.close()
+    values = read_progress(tmp_path / "longer.csv")
+    assert np.array_equal(values["c"], [np.nan, 0.5, 2.0], equal_nan=True) and values["b"][-1] == 3.0
     assert {name: values.tolist() for name, values in read_progress(tmp_path / "progress.csv").items()}["a"] == [1.0, 2.0]
 
 

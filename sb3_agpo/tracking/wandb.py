@@ -6,10 +6,12 @@ Distributions of the gate, figures of the run, checkpoints with a history, video
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import re
+import sys
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -21,14 +23,16 @@ import torch as th
 from PIL import Image as PillowImage
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import CSVOutputFormat, Figure, Image, KVWriter, TensorBoardOutputFormat
+from stable_baselines3.common.logger import Figure, Image, KVWriter, TensorBoardOutputFormat, Video
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_agpo.agpo.adaptive_gradient import GateFunction
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
+from sb3_agpo.tracking.gate_recorder import MAX_BATCHES, GateRecorder
+from sb3_agpo.tracking.outputs import ProgressFile, write_to_tensorboard
+from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
 
 try:
@@ -39,15 +43,29 @@ except ImportError as error:
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
+__all__ = [
+    "DEFAULT_PROJECT",
+    "FIGURES",
+    "MAX_BATCHES",
+    "STEP",
+    "AGPOWandbCallback",
+    "GateRecorder",
+    "ProgressFile",
+    "WandbOutputFormat",
+    "artifact_name",
+    "settings_of",
+    "to_wandb",
+    "write_to_tensorboard",
+]
+
 #: environment steps, which everything is drawn against
 STEP = "global_step"
 DEFAULT_PROJECT = "sb3-agpo"
-MAX_BATCHES = 1000  # of a gate's weights between two histograms; the newest are kept
+LONGEST_NAME = 128  # characters of an artifact's name
 FIGURES: dict[str, Callable[..., None]] = {
     "figures/learning_curve": learning_curve,
     "figures/gradient_statistics": gradient_statistics,
 }
-
 
 #: runs that a callback has started and not finished yet: id -> the callback, if it still exists
 _UNFINISHED: dict[str, weakref.ref[AGPOWandbCallback]] = {}
@@ -79,27 +97,13 @@ class WandbOutputFormat(KVWriter):
         """Nothing to close: whoever started the run finishes it."""
 
 
-class ProgressFile(CSVOutputFormat):
-    """SB3's CSV file, for figures to be drawn from; unlike SB3's it passes over what is no number."""
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """
-        Add a row.
-
-        :param key_values: names and values
-        :param key_excluded: does not matter here
-        :param step: environment steps
-        """
-        numbers = {key: value for key, value in key_values.items() if isinstance(value, int | float | np.number)}
-        super().write(numbers, dict.fromkeys(numbers, ()), step)
-
-
 def to_wandb(value: Any) -> Any:
     """
     Turn a value of SB3's logger into what Weights & Biases shows.
 
-    :param value: number, text, tensor or array (a histogram), figure, image or animation
+    :param value: number, text, tensor or array (a histogram), figure, image, video or animation
     :return: the converted value; None for what cannot be shown
+    :raises ValueError: if an image or video does not have the shape that it should
     """
     match value:
         case str():
@@ -111,87 +115,16 @@ def to_wandb(value: Any) -> Any:
         case Figure():
             picture = BytesIO()  # wandb's own conversion needs `pyplot`, which chooses a backend for the whole process
             value.figure.savefig(picture, format="png")
+            if value.close and "matplotlib.pyplot" in sys.modules:  # else nothing holds it open
+                sys.modules["matplotlib.pyplot"].close(value.figure)
             return wandb.Image(PillowImage.open(picture))
-        case Image(dataformats="HWC"):
-            return wandb.Image(np.asarray(value.image))
+        case Image():
+            return wandb.Image(picture_of(value))
+        case Video():
+            return to_wandb(encode_animation(frames_of(value), value.fps))
         case Animation():
             return wandb.Video(BytesIO(value.gif), format="gif")
     return None
-
-
-def write_to_tensorboard(output: TensorBoardOutputFormat, values: Mapping[str, Any], step: int) -> None:
-    """
-    Write values to TensorBoard's file.
-
-    :param output: SB3's writer
-    :param values: names and values; animations too, for which SB3 has no type
-    :param step: environment steps
-    """
-    others = {key: value for key, value in values.items() if not isinstance(value, Animation)}
-    output.write(others, dict.fromkeys(others, ()), step)
-    for key, value in values.items():
-        if isinstance(value, Animation):
-            from tensorboard.compat.proto.summary_pb2 import Summary
-
-            image = Summary.Image(height=value.height, width=value.width, colorspace=3, encoded_image_string=value.gif)
-            assert output.writer.file_writer is not None
-            output.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=key, image=image)]), step)
-
-
-class GateRecorder:
-    """
-    Remembers the weights of a model's gate.
-
-    The model's class is replaced, not its gate, which files that are saved in the meantime would contain.
-
-    :param model: the model
-    """
-
-    def __init__(self, model: AGPO) -> None:
-        self.model, self.kind = model, type(model)
-        self._weights: dict[int, deque[th.Tensor]] = {}
-
-        def gate(watched: AGPO) -> GateFunction:
-            return self._recorded(self.kind._gate(watched))
-
-        attributes = {"_gate": gate, "_gate_recorder": self, "__module__": self.kind.__module__}
-        self.watching = type(self.kind.__name__, (self.kind,), attributes)
-        model.__class__ = self.watching
-
-    def _recorded(self, gate: GateFunction) -> GateFunction:
-        """
-        Make a gate that is remembered.
-
-        :param gate: the gate
-        :return: one that gives the same weights
-        """
-
-        def recorded(analytic: th.Tensor, critic: th.Tensor, step: int) -> th.Tensor:
-            weights = gate(analytic, critic, step)
-            self._weights.setdefault(step, deque(maxlen=MAX_BATCHES)).append(weights.detach())
-            return weights
-
-        return recorded
-
-    def take(self) -> dict[int, th.Tensor]:
-        """
-        Hand over the weights remembered and forget them.
-
-        :return: step of the window -> weights of all samples
-        """
-        taken = {step: th.cat(list(weights)) for step, weights in sorted(self._weights.items())}
-        self._weights.clear()
-        return {step: weights[weights.isfinite()] for step, weights in taken.items() if weights.isfinite().any()}
-
-    def close(self) -> None:
-        """Give the model its class back, or that of the next recorder beneath."""
-        above = type(self.model)
-        if above is self.watching:
-            self.model.__class__ = self.kind
-            return
-        while above.__dict__["_gate_recorder"].kind is not self.watching:  # another recorder has come later
-            above = above.__dict__["_gate_recorder"].kind
-        above.__dict__["_gate_recorder"].kind = self.kind
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
@@ -223,6 +156,22 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+def artifact_name(run_id: str) -> str:
+    """
+    Name the artifact of a run's checkpoints.
+
+    :param run_id: id of the run, in which wandb allows more than in names of artifacts
+    :return: ``checkpoint-<run id>``; if that is no valid name, dashes are put for what is not allowed, what is too long is
+        cut, and a hash at the end tells it from ids that would become the same
+    """
+    wanted = f"checkpoint-{run_id}"
+    allowed = re.sub(r"[^a-zA-Z0-9_.-]", "-", wanted)
+    if allowed == wanted and len(wanted) <= LONGEST_NAME:
+        return wanted
+    mark = f"-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+    return f"{allowed[: LONGEST_NAME - len(mark)]}{mark}"
+
+
 class AGPOWandbCallback(BaseCallback):
     """
     Logs a training run to Weights & Biases.
@@ -230,7 +179,7 @@ class AGPOWandbCallback(BaseCallback):
     Everything that SB3's logger writes, unless ``sync_tensorboard`` already sends it; and on top of it, to TensorBoard
     too if there is a log: histograms of the gate at each step of the windows (``gate/step_0`` ...), the learning curve
     and AGPO's gradient statistics as figures, videos. Checkpoints become versions of one artifact,
-    ``checkpoint-<run id>``. Other algorithms of SB3 can be logged as well; they have no gate.
+    ``checkpoint-<run id>`` (see :func:`artifact_name`). Other algorithms of SB3 can be logged as well; they have no gate.
 
     A run that is active (``wandb.run``) is used and left open; otherwise one is started and finished. wandb's own
     settings, such as ``WANDB_MODE=offline`` or ``disabled``, apply.
@@ -262,7 +211,7 @@ class AGPOWandbCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.run_id, self.run_arguments = run_id, dict(run_arguments or {})
-        self.resumable_checkpoints, self.video_env = resumable_checkpoints, video_env
+        self.histogram_freq, self.resumable_checkpoints, self.video_env = histogram_freq, resumable_checkpoints, video_env
         frequencies = {"histogram": histogram_freq, "figure": figure_freq, "video": video_freq, "checkpoint": checkpoint_freq}
         for name, frequency in frequencies.items():
             if frequency < 0:
@@ -277,6 +226,7 @@ class AGPOWandbCallback(BaseCallback):
         self._gate: GateRecorder | None = None
         self._own_outputs: list[KVWriter] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._past: tuple[str | None, str] = None, ""  # id of the run and rows of figures when `learn` ended
 
     # ------------------------------------------------------------------ start and end
 
@@ -294,11 +244,13 @@ class AGPOWandbCallback(BaseCallback):
         self._wandb = None if synchronized else WandbOutputFormat(self._run)
         self._folder = tempfile.TemporaryDirectory()
         self._progress = Path(self._folder.name) / "progress.csv"
-        self._own_outputs = [ProgressFile(str(self._progress))]
+        run_id, rows = self._past
+        goes_on = run_id == self._run.id and self.num_timesteps > 0
+        self._own_outputs = [ProgressFile(str(self._progress), rows if goes_on else "")]
         if self._wandb is not None:
             self._own_outputs.append(self._wandb)
         outputs.extend(self._own_outputs)
-        if isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
+        if self.histogram_freq and isinstance(self.model, AGPO) and self.model.gradient_mode == "adaptive":
             self._gate = GateRecorder(self.model)
         self._last = {act: self.num_timesteps for _, act in self._schedule}
 
@@ -354,6 +306,7 @@ class AGPOWandbCallback(BaseCallback):
             output.close()
         self._own_outputs = []
         if self._folder is not None:
+            self._past = self.run_id, self._progress.read_text()
             self._folder.cleanup()
             self._folder = None
 
@@ -419,7 +372,7 @@ class AGPOWandbCallback(BaseCallback):
         """The model and what it needs to go on, as the next version of the run's artifact."""
         assert self._run is not None
         metadata = {"num_timesteps": self.num_timesteps, "algo": type(self.model).__name__}
-        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "model", metadata=metadata)
+        artifact = wandb.Artifact(artifact_name(self._run.id), "model", metadata=metadata)
         with tempfile.TemporaryDirectory() as folder:
             self.model.save(Path(folder) / "model.zip")
             normalization = self.model.get_vec_normalize_env()
