@@ -17,10 +17,13 @@ parser.add_argument("--frames", type=int, default=150, help="pictures (default: 
 parser.add_argument("--env", default="HalfCheetah-v5", help="Gymnasium's id of a MuJoCo task (default: %(default)s)")
 options = parser.parse_args()
 
+env = gym.make(options.env, render_mode="rgb_array", width=480, height=360)
+env.reset()
+env.render()  # where MuJoCo cannot draw it fails here, and not after the training
+
 model = AGPO("MlpPolicy", options.env, seed=0)
 model.learn(options.steps, progress_bar=True)
 
-env = gym.make(options.env, render_mode="rgb_array", width=480, height=360)
 frames, weights, frames_per_second = record_gate(model, env, options.frames, seed=0)
 path = Path("gate.gif")
 path.write_bytes(encode_animation(draw_gate(frames, weights), frames_per_second).gif)

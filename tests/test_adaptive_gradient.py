@@ -322,6 +322,11 @@ def test_gate_of_the_wrong_shape_is_refused() -> None:
         random_windows(12).gradient(lambda analytic, critic, step: th.ones(len(analytic), 1))
 
 
+def test_gate_that_returns_no_tensor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"a tensor of one weight per sample, shape \(3,\), got 0.5"):
+        random_windows(12).gradient(lambda analytic, critic, step: 0.5)
+
+
 @pytest.mark.parametrize("weight", [-0.1, 1.1])
 def test_gate_out_of_range_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=r"weights in \[0, 1\], got 0.5 to 1.1|weights in \[0, 1\], got -0.1 to 0.5"):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -12,7 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stable_baselines3 import SAC
 from test_wrong_calls import COMBINATIONS
+
+from sb3_agpo import AGPO
+from sb3_agpo.agpo.agpo import N_STEPS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -164,6 +169,20 @@ def test_internal_links(path: Path) -> None:
         elif anchor and page.suffix == ".md" and anchor not in anchors(page):
             broken.append(target)
     assert not broken, f"{path.name} links to nowhere: {broken}"
+
+
+def test_defaults_beside_sacs_are_those_of_the_code() -> None:
+    """The table has every argument of both whose defaults differ, and none else."""
+    section = (DOCS / "hyperparameters.md").read_text().split("## Defaults beside SAC's")[1].split("## ")[0]
+    told = {name: values for name, *values in re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", section, flags=re.MULTILINE)}
+    sac, agpo = (inspect.signature(algorithm).parameters for algorithm in (SAC, AGPO))
+    differ = [name for name in sac if name in agpo and sac[name].default != agpo[name].default]
+    assert sorted(told) == sorted(differ)
+    for name, values in told.items():
+        defaults = [parameters[name].default for parameters in (sac, agpo)]
+        shown = [f'"{default}"' if isinstance(default, str) else str(default) for default in defaults]
+        assert [value.split(":")[0] for value in values] == shown, name
+    assert f"None: {N_STEPS}" in told["n_steps"]
 
 
 def test_refused_combinations_are_those_that_are_tested() -> None:

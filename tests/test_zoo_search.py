@@ -9,6 +9,7 @@ import pytest
 from zoo_runs import ENVIRONMENT, QUICK, SMALL, zoo
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
 from sb3_agpo.agpo.gates import DisagreementGate, InverseVarianceGate, MagnitudeGate, VarianceSwitch
 from sb3_agpo.zoo.search import convert_agpo_params, sample_agpo_params
 
@@ -60,6 +61,17 @@ def test_sampled_hyperparameters_are_agpos_and_survive_storage() -> None:
         assert trial.user_attrs["rollout_size"] == sampled["rollout_size"] and sampled["gradient_steps"] >= 1
         gates.add(type(gate))
     assert gates == {MagnitudeGate, DisagreementGate, VarianceSwitch, InverseVarianceGate}
+
+
+def test_the_pace_of_the_defaults_can_be_drawn() -> None:
+    space = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    sample_agpo_params(space, 1, 1, ADDITIONAL)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(AGPO).parameters.items()}
+    chosen = {**space.params, "train_freq": defaults["train_freq"], "updates_per_step": 2.0}
+    chosen["policy_delay"] = POLICY_DELAY_BESIDE_WINDOWS
+    assert POLICY_DELAY_BESIDE_WINDOWS in space.distributions["policy_delay"].choices  # type: ignore[attr-defined]
+    sampled = sample_agpo_params(optuna.trial.FixedTrial(chosen), 1, 1, ADDITIONAL)
+    assert sampled["gradient_steps"] == defaults["gradient_steps"]
 
 
 def test_sampled_extremes_train() -> None:

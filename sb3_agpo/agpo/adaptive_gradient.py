@@ -141,13 +141,16 @@ def gate_weights(gate: GateFunction, analytic: th.Tensor, critic: th.Tensor, ste
     :param step: step of the window
     :param trusted: samples to ask about, shape ``(W,)``, bool
     :return: weights, 0 for the samples that are not trusted, shape ``(W,)``
-    :raises ValueError: if the gate returns another shape than one weight per sample, or weights outside [0, 1]
+    :raises TypeError: if the gate returns no tensor
+    :raises ValueError: if it returns another shape than one weight per sample, or weights outside [0, 1]
     """
     weights = analytic.new_zeros(len(analytic))
     n_trusted = int(trusted.sum())
     if n_trusted == 0:
         return weights
     answer = gate(analytic[trusted], critic[trusted], step)
+    if not isinstance(answer, th.Tensor):
+        raise TypeError(f"a gate must return a tensor of one weight per sample, shape ({n_trusted},), got {answer!r}")
     if answer.shape != (n_trusted,):
         raise ValueError(f"a gate must return one weight per sample, shape ({n_trusted},), got {tuple(answer.shape)}")
     if ((answer < 0.0) | (answer > 1.0)).any():  # not NaN, which the optimiser's step skips and counts

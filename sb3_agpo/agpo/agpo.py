@@ -349,9 +349,9 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
     def _update_learning_rates(self) -> None:
         self._update_learning_rate(self.actor.optimizer)
-        update_learning_rate(
-            self.critic.optimizer, self._current_learning_rate(self.critic_lr_schedule, CRITIC_LEARNING_RATE_FACTOR)
-        )
+        critic_learning_rate = self._current_learning_rate(self.critic_lr_schedule, CRITIC_LEARNING_RATE_FACTOR)
+        update_learning_rate(self.critic.optimizer, critic_learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
 
     def _current_learning_rate(self, schedule: Schedule | None, factor: float = 1.0) -> float:
         """The learning rate of a schedule; None stands for ``factor`` times that of ``learning_rate``."""

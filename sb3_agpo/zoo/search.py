@@ -39,10 +39,10 @@ def sample_agpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
         # AGPO's own
-        "subsample_steps": trial.suggest_int("subsample_steps", 1, 4),
+        "updates_per_step": trial.suggest_categorical("updates_per_step", [0.25, 0.5, 1.0, 2.0, 4.0]),
         "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 3e-3, log=True),
         "normalization": trial.suggest_categorical("normalization", NORMALIZATIONS),
-        "policy_delay": trial.suggest_categorical("policy_delay", [0, 1, 4, 16, 64]),
+        "policy_delay": trial.suggest_categorical("policy_delay", [0, 1, 2, 4, 8, 16, 64]),
         "gradient_mode": trial.suggest_categorical("gradient_mode", GRADIENT_MODES),
         "gate": trial.suggest_categorical("gate", GATES),
         "gate_tolerance": trial.suggest_float("gate_tolerance", 1.0, 100.0, log=True),
@@ -66,8 +66,8 @@ def convert_agpo_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: names and values as drawn
     :return: arguments of AGPO
     """
-    # The zoo's part: gamma, batch_size, net_arch, and updates for every `subsample_steps` steps
-    hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)
+    hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)  # the zoo's part: gamma, batch_size, net_arch
+    hyperparams["gradient_steps"] = max(1, round(hyperparams["train_freq"] * hyperparams.pop("updates_per_step")))
     hyperparams["policy_kwargs"]["normalization"] = hyperparams.pop("normalization")
     hyperparams["rollout_size"] = 2 ** hyperparams.pop("rollout_size_pow")
     hyperparams["gate"] = _gate(hyperparams.pop("gate"), hyperparams.pop("gate_tolerance"))
