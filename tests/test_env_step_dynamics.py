@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import warnings
@@ -293,6 +294,102 @@ def test_running_with_derivatives_equals_running_without() -> None:
         first, second = recorded.step(action.copy())[0], twin.step(action.copy())[0]
         assert everything_of(live)[:5] == everything_of(twin)[:5]
     assert recorded.take_derivatives(10).valid.all()
+
+
+# ---------------------------------------------------------------------- references
+
+
+class Height:
+    """A sensor that keeps a view of the place where it reads."""
+
+    def __init__(self, qpos: Any) -> None:
+        self.places = {"height": qpos[1::-1]}
+
+    def read(self) -> float:
+        return float(self.places["height"][0])
+
+
+def view(env: Any) -> Callable[[], float]:
+    env.view = env.data.qpos[1:3]
+    return env.read_view
+
+
+def sensor(env: Any) -> Callable[[], float]:
+    env.sensor = Height(env.data.qpos)
+    return env.sensor.read
+
+
+def options(env: Any) -> Callable[[], float]:
+    env.options = env.model.opt
+    return env.read_options
+
+
+def closure(env: Any) -> Callable[[], float]:
+    data = env.data
+    return lambda: float(data.qpos[1])
+
+
+def default(env: Any) -> Callable[[], float]:
+    return lambda owner=env: float(owner.data.qpos[1])
+
+
+def list_of_functions(env: Any) -> Callable[[], float]:
+    qpos = env.data.qpos
+    env.terms = {"height": [functools.lru_cache(env.read_view), lambda: qpos[1]]}
+    return env.read_terms
+
+
+class Looking(MyHopper):
+    """Pays for the height before the step, of which it knows in one way or another."""
+
+    def __init__(self, look: Callable[[Any], Callable[[], float]]) -> None:
+        super().__init__()
+        self.look = look(self)
+
+    def read_view(self) -> float:
+        return float(self.view[0])
+
+    def read_options(self) -> float:
+        self.options.gravity[0] = 0.1 * self.data.qpos[1]  # of this step, and of the model that it is made with
+        return float(self.data.qpos[1])
+
+    def read_terms(self) -> float:
+        return float(self.terms["height"][1]())
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        height = self.look()
+        observation, reward, *rest = super().step(action)
+        return observation, reward + 10.0 * height, *rest
+
+
+@pytest.mark.parametrize("look", [view, sensor, options])
+def test_parts_of_the_simulator_in_attributes_are_those_of_the_copy(look: Callable[[Any], Callable[[], float]]) -> None:
+    live, reference = (play(Looking(look), 5, scale=0.5) for _ in range(2))
+    dynamics = EnvStepDynamics(live, COARSE)
+    for _ in range(2):
+        action = live.action_space.sample()
+        before = everything_of(live)
+        d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+        assert everything_of(live) == before
+        assert_agree(d, slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
+        assert d.r_x[0, 1] > 5.0  # without the height before the step it is small
+        assert_reproduces(d, live.step(action))
+
+
+@pytest.mark.parametrize("look", [closure, default, list_of_functions])
+def test_functions_that_keep_a_hold_of_the_environment_are_named(look: Callable[[Any], Callable[[], float]]) -> None:
+    name = "terms" if look is list_of_functions else "look"
+    with pytest.raises(TypeError, match=f"its attribute `{name}` holds a function that keeps .* make the function a method"):
+        EnvStepDynamics(play(Looking(look), 0))
+
+
+def test_other_functions_are_no_obstacle() -> None:
+    price = 10.0
+    live, reference = (play(Looking(lambda env: env.read_view), 0) for _ in range(2))
+    for env in (live, reference):
+        env.view, env.other = env.data.qpos[1:], [functools.partial(env.read_view), np.random.uniform, lambda: price]
+    action = live.action_space.sample()
+    assert_agree(differentiate(live, action), slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
 
 
 # ---------------------------------------------------------------------- models

@@ -14,13 +14,13 @@ from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import Array
+from sb3_agpo.dynamics.references import CONSTANTS, Place, find_places
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 
 #: attributes that the private copy keeps for itself
 PRIVATE_ATTRIBUTES = ("model", "data", "mujoco_renderer", "render_mode")
 #: attributes that describe how an environment was made; nothing changes them, so they need no copy
 SHARED_ATTRIBUTES = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs")
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic)
 
 
 class Situation(NamedTuple):
@@ -32,17 +32,19 @@ class Situation(NamedTuple):
     data: mujoco.MjData
     generators: list[tuple[np.random.Generator, Any]]  # those that the attributes refer to, and their states then
     shared: list[Any]  # what other attributes may refer to and is shared too
+    places: list[Place]  # what stands in the attributes for views and other parts of the simulator
 
 
 class PrivateCopy:
     """
     A copy of an environment, with its own attributes, model, ``MjData`` and random generators, and without a renderer.
 
-    What it cannot copy is what the environment's code holds by other ways than its attributes: a function defined inside
-    a method, or a NumPy view of ``MjData`` kept in an attribute, goes on using the live environment.
+    Attributes may hold views of the simulator's memory: those of the copy are views of its own. What it cannot copy is what
+    the environment's code holds by other ways than its attributes, such as global variables.
 
     :param live: unwrapped environment, never changed
-    :raises TypeError: if an attribute of the environment cannot be copied
+    :raises TypeError: if an attribute of the environment cannot be copied, or holds a function that was defined inside a
+        method and uses the environment
     """
 
     def __init__(self, live: MujocoEnv) -> None:
@@ -107,7 +109,8 @@ class PrivateCopy:
         env = self.env
         env.model = copy.copy(self._model) if self._changes_model else self._model
         twins = {id(thing): thing for thing in (env, env.data, *situation.shared)}
-        attributes = copy_attributes(situation.attributes, twins | {id(situation.model): env.model})
+        twins |= {id(situation.model): env.model} | {id(place): place.of(env) for place in situation.places}
+        attributes = copy_attributes(situation.attributes, twins)
         kept = {name: vars(env)[name] for name in PRIVATE_ATTRIBUTES}
         vars(env).clear()  # also of what `step` sets for the first time
         vars(env).update(situation.constants, **attributes, **kept)
@@ -172,11 +175,13 @@ def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, t
     :param data: what to put beside them
     :param twins: by the ``id`` of objects that must not be copied, what to put in their place
     :return: the situation
-    :raises TypeError: naming an attribute that cannot be copied
+    :raises TypeError: naming an attribute that cannot be copied, or holds a function that uses the environment
     """
     attributes = {name: value for name, value in vars(env).items() if name not in PRIVATE_ATTRIBUTES}
     shared = [attributes[name] for name in SHARED_ATTRIBUTES if name in attributes]
     twins = twins | {id(thing): thing for thing in shared}
+    places = find_places(attributes, env, twins)
+    twins |= places
     owners = (env, attributes.get("action_space"), attributes.get("observation_space"))
     found = (getattr(owner, "_np_random", None) for owner in owners)
     # Making a generator is slow, setting its state is not: rows share the copies made here, and the spaces that use them
@@ -187,7 +192,7 @@ def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, t
     shared += [generator for generator, _ in generators]
     kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
     constants = {name: copied.pop(name) for name in kept}
-    return Situation(constants, copied, model, data, generators, shared)
+    return Situation(constants, copied, model, data, generators, shared, list(places.values()))
 
 
 def is_constant(value: Any) -> bool:
