@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_a_custom_environment_that_cannot_be_copied_has_none() -> None:
     report = chosen(Monitor(Locked()))
     assert report.kind == "none"
     assert report.reason.startswith("Locked is a custom MujocoEnv, but its attribute `my_lock` cannot be copied")
+
+
+def test_a_stock_task_with_another_method_is_custom() -> None:
+    """Neither the task's formulas nor, where the new method uses the original environment, a copy would do."""
+    env = HopperEnv()
+    original = env._get_rew
+    env._get_rew = types.MethodType(lambda self, v, a: (self.data.qpos[1], {}), env)  # type: ignore[method-assign]
+    report = chosen(env)
+    assert report.kind == "env_step" and "HopperEnv has a method `_get_rew` that is not Gymnasium's:" in report.reason
+    env._get_rew = lambda v, a: original(v, 2.0 * a)  # type: ignore[method-assign]
+    report = chosen(env)
+    assert report.kind == "none" and "method `_get_rew` that is not Gymnasium's, but its attribute `_get_rew`" in report.reason
 
 
 class Spaces(gym.Env[Any, Any]):

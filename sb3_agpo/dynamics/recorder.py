@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate, zero_invalid
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid
-from sb3_agpo.dynamics.tasks import find_task_model
+from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
 R = TypeVar("R")
@@ -373,11 +373,13 @@ def choose_dynamics(
             hashlib.sha256(stock.signature() + scales).digest(),
         )
         return stock, report
+    method = foreign_method(unwrapped)
+    what = "is a custom MujocoEnv" if method is None else f"has a method `{method}` that is not Gymnasium's"
     try:
         custom = EnvStepDynamics(unwrapped, differences)
     except TypeError as error:
-        return None, ProviderReport("none", f"{name} is a custom MujocoEnv, but {error}")
-    reason = f"{name} is a custom MujocoEnv: finite differences through its own step"
+        return None, ProviderReport("none", f"{name} {what}, but {error}")
+    reason = f"{name} {what}: finite differences through its own step"
     rows = custom.rows_per_transition
     return custom, ProviderReport("env_step", reason, custom.tangent_size, rows, rows)
 
