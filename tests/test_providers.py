@@ -7,6 +7,7 @@ import pickle
 import threading
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -26,7 +27,7 @@ from dynamics_reference import (
 )
 from gymnasium import spaces
 from gymnasium import wrappers as gym_wrappers
-from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco import MujocoEnv, inverted_pendulum_v5
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 from numpy.typing import NDArray
@@ -125,6 +126,19 @@ def test_a_stock_task_with_another_method_is_custom() -> None:
     env._get_rew = lambda v, a: original(v, 2.0 * a)  # type: ignore[method-assign]
     report = chosen(env)
     assert report.kind == "none" and "method `_get_rew` that is not Gymnasium's, but its attribute `_get_rew`" in report.reason
+
+
+@pytest.mark.skipif(not hasattr(mujoco.mjtState, "mjSTATE_HISTORY"), reason="this MuJoCo knows no delays")
+@pytest.mark.parametrize("kind", ["InvertedPendulumEnv", "Custom"])
+def test_a_model_with_delayed_actuators_has_none(kind: str, tmp_path: Path) -> None:
+    text = (Path(inverted_pendulum_v5.__file__).parent / "assets" / "inverted_pendulum.xml").read_text()
+    (tmp_path / "delay.xml").write_text(text.replace("<motor ", '<motor delay="0.04" nsample="4" ', 1))
+    stock_class = inverted_pendulum_v5.InvertedPendulumEnv
+    make = stock_class if kind == "InvertedPendulumEnv" else type("Custom", (stock_class,), {})
+    report = chosen(make(xml_file=str(tmp_path / "delay.xml")))
+    assert report.kind == "none"
+    assert report.reason == f"the model of {kind} keeps a state that is not differentiated (history)"
+    assert chosen(make()).kind != "none"
 
 
 class Spaces(gym.Env[Any, Any]):

@@ -39,6 +39,10 @@ class EnvStepDynamics:
     ``C`` and ``next_C`` come from differences of ``_get_obs``, the method that Gymnasium's MuJoCo tasks have by
     convention; without it they are zero, and only the critic's matching of dQ/dx goes without them.
 
+    The coordinates that are moved are MuJoCo's positions, velocities and activations, as in the other class. What else an
+    environment carries from step to step, in attributes written in Python for example, is the same in all rows: a step starts
+    from it, but an effect by way of it on later steps is missing in ``A`` and ``B``.
+
     A step that raises an exception has no derivatives: ``valid`` is False, and the first such exception is warned about.
 
     :param env: unwrapped environment

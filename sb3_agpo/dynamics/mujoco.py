@@ -206,6 +206,9 @@ class MujocoDynamics:
     start and the task's readings (see :class:`~sb3_agpo.dynamics.tasks.Steps`). The unperturbed row equals ``env.step``
     bit for bit. All stepping happens on a private copy of the model; the live environment is only ever read.
 
+    Not differentiated is what a model keeps beside positions, velocities and activations, the past of delayed actuators for
+    example (see :func:`~sb3_agpo.dynamics.tangent.state_outside_tangent`): AGPO does not use this class for such models.
+
     :param env: unwrapped environment of one of Gymnasium's own classes
     :param differences: step sizes, scheme and threads
     :raises TypeError: if the environment is not a stock task

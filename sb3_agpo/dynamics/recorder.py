@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate, zero_invalid
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid
+from sb3_agpo.dynamics.tangent import state_outside_tangent
 from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
@@ -361,6 +362,9 @@ def choose_dynamics(
         return unwrapped, ProviderReport("exact", f"{name} offers its own derivatives", unwrapped.tangent_size)
     if not isinstance(unwrapped, MujocoEnv):
         return None, ProviderReport("none", f"{name} is no MuJoCo environment and offers no derivatives")
+    if outside := state_outside_tangent(unwrapped.model):
+        parts = ", ".join(outside)
+        return None, ProviderReport("none", f"the model of {name} keeps a state that is not differentiated ({parts})")
     if find_task_model(unwrapped) is not None:
         stock = MujocoDynamics(unwrapped, differences)
         scales = b"".join(scale.tobytes() for scale in wrapper_scales(env))
