@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mujoco
@@ -23,13 +24,22 @@ PRIVATE_ATTRIBUTES = ("model", "data", "mujoco_renderer", "render_mode")
 SHARED_ATTRIBUTES = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs")
 
 
+@dataclass
+class Source:
+    """A model as it is before steps that may change it."""
+
+    model: mujoco.MjModel
+
+
 class Situation(NamedTuple):
     """What an environment was like at some time: all that its next step can depend on."""
 
     constants: dict[str, Any]  # attributes that all rows share
     attributes: dict[str, Any]  # all others
     model: mujoco.MjModel  # which the attributes refer to, if any does
+    source: Source  # the model to step with
     data: mujoco.MjData
+    drawn: GlobalGenerators  # the global generators to step with
     generators: list[tuple[np.random.Generator, Any]]  # those that the attributes refer to, and their states then
     shared: list[Any]  # what other attributes may refer to and is shared too
     places: list[Place]  # what stands in the attributes for views and other parts of the simulator
@@ -43,18 +53,20 @@ class PrivateCopy:
     the environment's code holds by other ways than its attributes, such as global variables.
 
     :param live: unwrapped environment, never changed
+    :param careful: expect from the start that steps change the model or draw from global generators, which costs time in each
+        :meth:`restore`; else it is noticed by :meth:`capture`
     :raises TypeError: if an attribute of the environment cannot be copied, or holds a function that was defined inside a
         method and uses the environment
     """
 
-    def __init__(self, live: MujocoEnv) -> None:
+    def __init__(self, live: MujocoEnv, careful: bool = False) -> None:
         self.live = live
-        self._live_bytes, self._model = model_bytes(live.model), private_model(live.model)
-        self._model_bytes = model_bytes(self._model)
-        self._data = [mujoco.MjData(self._model) for _ in range(2)]  # of the situations
-        self._changes_model = self._draws_globally = False
+        self._live_bytes, self._source = model_bytes(live.model), Source(private_model(live.model))
+        self._model_bytes = model_bytes(self._source.model)
+        self._data = [mujoco.MjData(self._source.model) for _ in range(2)]  # of the situations
+        self._changes_model = self._draws_globally = careful
         self.env: MujocoEnv = object.__new__(type(live))
-        self.env.model, self.env.data = self._model, mujoco.MjData(self._model)
+        self.env.model, self.env.data = self._source.model, mujoco.MjData(self._source.model)
         self.env.render_mode = None  # its `step` never draws
         self.env.mujoco_renderer = None  # type: ignore[assignment]
         self.capture_live()  # raises now if it ever will
@@ -73,15 +85,16 @@ class PrivateCopy:
         if len(live_bytes) != len(self._live_bytes):
             raise RuntimeError("the environment has another model than when it was attached")
         if not np.array_equal(live_bytes, self._live_bytes):
-            self._live_bytes, self._model = live_bytes, private_model(live.model)
-            self._model_bytes = model_bytes(self._model)
+            self._live_bytes, self._source = live_bytes, Source(private_model(live.model))
+            self._model_bytes = model_bytes(self._source.model)
         self._globals = GlobalGenerators.now()
-        mujoco.mj_copyData(self._data[0], self._model, live.data)
+        model = self._source.model
+        mujoco.mj_copyData(self._data[0], model, live.data)
         if physics is not None:
-            mujoco.mj_setState(self._model, self._data[0], physics, FULL_PHYSICS)
-        twins = {id(live): self.env, id(live.data): self.env.data, id(live.model): self._model}
+            mujoco.mj_setState(model, self._data[0], physics, FULL_PHYSICS)
+        twins = {id(live): self.env, id(live.data): self.env.data, id(live.model): model}
         twins[id(live.mujoco_renderer)] = None  # type: ignore[assignment]
-        return copy_situation(live, self._model, self._data[0], twins)
+        return copy_situation(live, self._source, model, self._data[0], self._globals, twins)
 
     def capture(self) -> Situation:
         """
@@ -91,12 +104,13 @@ class PrivateCopy:
         """
         env = self.env
         mujoco.mj_copyData(self._data[1], env.model, env.data)
-        situation = copy_situation(env, env.model, self._data[1], {id(thing): thing for thing in (env, env.data, env.model)})
         # Few environments do either of this, and both cost time in each row: from now on they are allowed for
         self._draws_globally |= not self._globals.is_now()
-        if not self._changes_model and not np.array_equal(self._model_bytes, model_bytes(self._model)):
-            self._changes_model, self._model = True, private_model(self.live.model)
-        return situation
+        if not self._changes_model and not np.array_equal(self._model_bytes, model_bytes(env.model)):
+            self._changes_model, self._source.model = True, private_model(self.live.model)
+        source = Source(env.model) if self._changes_model else self._source
+        twins = {id(thing): thing for thing in (env, env.data, env.model)}
+        return copy_situation(env, source, env.model, self._data[1], self._globals, twins)
 
     def restore(self, situation: Situation, physics: Array | None = None) -> MujocoEnv:
         """
@@ -107,7 +121,7 @@ class PrivateCopy:
         :return: the private copy
         """
         env = self.env
-        env.model = copy.copy(self._model) if self._changes_model else self._model
+        env.model = copy.copy(situation.source.model) if self._changes_model else situation.source.model
         twins = {id(thing): thing for thing in (env, env.data, *situation.shared)}
         twins |= {id(situation.model): env.model} | {id(place): place.of(env) for place in situation.places}
         attributes = copy_attributes(situation.attributes, twins)
@@ -117,7 +131,7 @@ class PrivateCopy:
         for generator, state in situation.generators:
             generator.bit_generator.state = state
         if self._draws_globally:
-            self._globals.put_back()
+            situation.drawn.put_back()
         mujoco.mj_copyData(env.data, env.model, situation.data)
         if physics is not None:
             mujoco.mj_setState(env.model, env.data, physics, FULL_PHYSICS)
@@ -166,13 +180,22 @@ def kept_global_generators() -> Iterator[None]:
         before.put_back()
 
 
-def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, twins: dict[int, Any]) -> Situation:
+def copy_situation(
+    env: MujocoEnv,
+    source: Source,
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    drawn: GlobalGenerators,
+    twins: dict[int, Any],
+) -> Situation:
     """
     Copy an environment's attributes.
 
     :param env: the environment, not changed
+    :param source: the model to step with
     :param model: what the copies refer to as their model
     :param data: what to put beside them
+    :param drawn: the same
     :param twins: by the ``id`` of objects that must not be copied, what to put in their place
     :return: the situation
     :raises TypeError: naming an attribute that cannot be copied, or holds a function that uses the environment
@@ -192,7 +215,7 @@ def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, t
     shared += [generator for generator, _ in generators]
     kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
     constants = {name: copied.pop(name) for name in kept}
-    return Situation(constants, copied, model, data, generators, shared, list(places.values()))
+    return Situation(constants, copied, model, source, data, drawn, generators, shared, list(places.values()))
 
 
 def is_constant(value: Any) -> bool:
