@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -303,6 +304,30 @@ class TestSimulatorsChangedByHand:
             for unwrapped in kept:
                 unwrapped.set_state(unwrapped.data.qpos + 0.01, 0.5 * unwrapped.data.qvel)
             assert_same_step(pair[0].step(row), pair[1].step(row))
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Reacher-v4"])
+    def test_an_interrupted_step(self, env_id: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Some simulators have moved, and others not: the next step starts where each is."""
+        dummy, threaded = make_pair(env_id, threads=threads)
+        np.testing.assert_array_equal(dummy.reset(), threaded.reset())
+        rows, calls = draw_actions(dummy, 6), []
+        assert_same_run(dummy, threaded, rows[:2])
+        original = mujoco.mj_rnePostConstraint
+
+        def interrupted(model: Any, data: Any) -> None:
+            calls.append(data)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            original(model, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mujoco, "mj_rnePostConstraint", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                threaded.step(rows[2])
+        for single, other in zip(dummy.envs, threaded._envs, strict=True):
+            mujoco.mj_copyData(single.unwrapped.data, other.unwrapped.model, other.unwrapped.data)  # type: ignore[attr-defined]
+        assert_same_run(dummy, threaded, rows[3:])
 
     def test_the_model_is_shared(self) -> None:
         dummy, threaded = make_pair("HalfCheetah-v5")

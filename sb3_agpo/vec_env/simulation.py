@@ -154,8 +154,13 @@ class BatchSimulation:
         Wait for the step to end.
 
         :return: what Gymnasium's ``step`` returns, one row per environment; its infos if environments run their own step
+        :raises Exception: what a step raised; some simulators have moved then, and others not
         """
-        self._work.finish()
+        try:
+            self._work.finish()
+        except BaseException:
+            self.read()  # the next step starts where the simulators are now
+            raise
         if self.own_step:
             obs, rewards, terminated, _, infos = zip(*self._results, strict=True)
             self.read()
