@@ -14,13 +14,21 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
-from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate, zero_invalid
-from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid
+from sb3_agpo.dynamics.interface import (
+    Array,
+    DifferentiableDynamics,
+    TransitionDerivatives,
+    check_derivatives,
+    concatenate,
+    zero_invalid,
+)
+from sb3_agpo.dynamics.mujoco import LARGEST, FiniteDifferences, MujocoDynamics, discard_invalid
 from sb3_agpo.dynamics.tangent import state_outside_tangent
 from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
@@ -200,7 +208,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
             return self.env.step(action)
         action = np.asarray(action)
         state = self.dynamics.get_state()
-        derivatives = None if self._deferred else self.dynamics.differentiate(state[None], action[None])
+        derivatives = None if self._deferred else self._differentiate(state[None], action[None])
         taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
         record = Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives)
@@ -277,16 +285,26 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
             the state are zero where that saves work
         :return: their derivatives, relative to the action in [-1, 1] and the observation the agent sees
         """
-        assert self.dynamics is not None
         # Other sources have nothing to save: exact derivatives come at once, others were taken before the step
         options = {"by_state": by_state} if isinstance(self.dynamics, MujocoDynamics) else {}
-        return self._finish(self.dynamics.differentiate(records.states, records.actions, **options), records)
+        return self._finish(self._differentiate(records.states, records.actions, **options), records)
+
+    def _differentiate(self, states: Array, actions: NDArray[Any], **options: Any) -> TransitionDerivatives:
+        """Ask the source, and check what somebody's own environment answers."""
+        assert self.dynamics is not None
+        derivatives = self.dynamics.differentiate(states, actions, **options)
+        if self.provider_report.kind != "exact":
+            return derivatives
+        space = self.env.observation_space
+        assert isinstance(space, spaces.Box)
+        sizes = len(states), space.shape[0], actions.shape[1], self.dynamics.tangent_size
+        return check_derivatives(derivatives, type(self.env.unwrapped).__name__, *sizes)
 
     def _finish(self, derivatives: TransitionDerivatives, records: StepRecords) -> TransitionDerivatives:
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
         exact = self.provider_report.kind == "exact"
         if exact:  # the other sources have done so themselves
-            derivatives = discard_invalid(derivatives, np.inf)
+            derivatives = discard_invalid(derivatives, LARGEST)
         # A model or an option changed since the environment was attached would give derivatives of another simulator.
         # Differences go through the very same computation; exact ones may come by another way and in another precision
         tolerance = 1e-3 if exact else 1e-6
