@@ -297,6 +297,41 @@ def test_reward_that_nothing_changes() -> None:
     assert found.best == found.recording.base
 
 
+class Guarded(HopperEnv):
+    """A hopper whose copies fail at every second step, as others do at states that they find odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original, self.n_steps = id(self), 0
+
+    def reset_model(self) -> Array:
+        self.n_steps = 0
+        return super().reset_model()
+
+    def step(self, action: Any) -> Any:
+        self.n_steps += 1
+        if id(self) != self.original and self.n_steps % 4 == 3:
+            raise RuntimeError("odd")
+        return super().step(action)
+
+
+def test_moments_at_which_the_environment_fails_are_left_out() -> None:
+    """The others count, and warnings tell how many there were."""
+    env = TimeLimit(Guarded(), 8)
+    policy = make_policy(env, None, None, seed=0)._replace(horizon=1)
+    with pytest.warns(RuntimeWarning) as caught:
+        found = inspect_environment(env, policy, Sizes(steps=16, moments=8, actions=4))
+    assert isinstance(found, Inspection)
+    told = [str(warning.message) for warning in caught if "moments are left out" in str(warning.message)]
+    expected = "4 of 8 moments are left out, at which the environment's own code failed; the first with RuntimeError: odd"
+    assert told == [expected, expected]
+    assert {prediction.n_moments for prediction in found.predictions} == {4}
+    assert {part.name for part in found.reward} == {"reward_forward", "reward_ctrl", "reward_survive"}
+    with pytest.warns(RuntimeWarning, match="4 of 4 moments are left out"):
+        (nothing, *_) = measure_predictions(found.recording, horizon=5, noise=0.1, n_actions=2, seed=0)
+    assert nothing.n_moments == 0 and np.isnan(nothing.explained)
+
+
 def test_model_is_looked_at_with_its_own_options(tmp_path: Path) -> None:
     options = FiniteDifferences(position_step=2e-3)
     model = small_model("InvertedPendulum-v5", finite_differences=options, horizon=3)
@@ -355,11 +390,17 @@ def test_class_in_a_module(custom: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert make_environment("sb3_agpo:sb3_agpo/LinearQuadratic-v0").spec is not None
 
 
+def test_file_without_the_class(custom: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(ImportError: the file .*calm_hopper.py has no `CalmHoper`\); give"):
+        make_environment(f"{custom}:CalmHoper")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["Nope-v3"], "'Nope-v3' cannot be made"),
         (["nope.py:Nope"], "there is no file nope.py"),
+        (["Hopper-v5", "--set", "xml_file='./nope.xml'"], "OSError: File ./nope.xml does not exist"),
         (["nope:Nope"], "No module named 'nope'"),
         (["CartPole-v1"], "AGPO needs continuous actions"),
         (["collections:OrderedDict"], "no Gymnasium environment"),
