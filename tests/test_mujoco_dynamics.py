@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import time
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -477,6 +478,12 @@ def test_engines_can_be_copied_and_pickled(task: str) -> None:
     twin = copy.deepcopy(dynamics)
     assert twin.env is not live
     assert_same_bits(twin.differentiate(*arguments), expected)
+
+
+def test_the_oldest_mujoco_that_is_allowed_has_what_is_used() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    (requirement,) = (d for d in tomllib.loads(text)["project"]["dependencies"] if d.startswith("mujoco"))
+    assert [int(number) for number in requirement.removeprefix("mujoco>=").split(".")] >= [3, 5]  # mj_copyData
 
 
 def test_simulator_calls_are_counted() -> None:
