@@ -207,6 +207,29 @@ class TestEquality:
             for info in actual[3]:
                 info.clear()
 
+    def test_infos_belong_to_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where Gymnasium gives views of MuJoCo's memory, as it did before 1.4."""
+        reset_info = HopperEnv._get_reset_info
+        monkeypatch.setattr(HopperEnv, "_get_reset_info", lambda self: {**reset_info(self), "qpos": self.data.qpos})
+        env = make_mujoco_vec_env("Hopper-v5", 2, 0, max_episode_steps=3, full_info=True)
+        step = env._simulation._step_own
+
+        def with_views(index: int, *rest: Any) -> None:
+            step(index, *rest)
+            env._simulation._results[index][-1]["qvel"] = env._envs[index].unwrapped.data.qvel  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(env._simulation._work, "_function", with_views)
+        env.reset()
+        kept = [(env.reset_infos[0]["qpos"], env.reset_infos[0]["qpos"].copy())]
+        for row in draw_actions(env, 4):
+            infos = env.step(row)[3]
+            kept += [
+                (infos[1]["qvel"], infos[1]["qvel"].copy()),
+                (env.reset_infos[1]["qpos"], env.reset_infos[1]["qpos"].copy()),
+            ]
+        for value, before in kept:
+            np.testing.assert_array_equal(value, before)
+
 
 class TestSeedsAndResets:
     """Random numbers are drawn as Gymnasium draws them."""

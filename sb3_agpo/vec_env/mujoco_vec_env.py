@@ -32,7 +32,7 @@ from sb3_agpo.vec_env.environments import (
 )
 from sb3_agpo.vec_env.episodes import Episodes
 from sb3_agpo.vec_env.recording import BatchRecorder
-from sb3_agpo.vec_env.simulation import BatchSimulation
+from sb3_agpo.vec_env.simulation import BatchSimulation, own_arrays
 
 #: types of attributes that give no access to a simulator
 _PLAIN = (type(None), bool, int, float, str)
@@ -144,7 +144,8 @@ class MujocoVecEnv(VecEnv):
         obs = self._empty_observations()
         for index, env in enumerate(self._envs):
             options = {"options": self._options[index]} if self._options[index] else {}
-            obs[index], self.reset_infos[index] = env.reset(seed=self._seeds[index], **options)
+            obs[index], info = env.reset(seed=self._seeds[index], **options)
+            self.reset_infos[index] = own_arrays(info)
             self._episodes.begin(index)
         self._simulation.read()
         # Seeds and options are only used once
@@ -204,7 +205,8 @@ class MujocoVecEnv(VecEnv):
         """End the episode of one environment and begin the next; ``obs`` and ``info`` are changed in place."""
         info["terminal_observation"] = obs[index].copy()
         self._episodes.end(index, info)
-        obs[index], self.reset_infos[index] = self._envs[index].reset()
+        obs[index], reset_info = self._envs[index].reset()
+        self.reset_infos[index] = own_arrays(reset_info)
         self._episodes.begin(index)
         self._simulation.read((index,))
 
