@@ -12,6 +12,7 @@ from typing import Any
 import mujoco
 import numpy as np
 import pytest
+import torch as th
 from dynamics_reference import assert_agree, assert_same_bits, everything_of, play, slow_derivatives, stock
 from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
@@ -224,6 +225,7 @@ class Gambler(MyHopper):
 
     def step(self, action: np.ndarray[Any, Any]) -> Result:
         luck = np.random.standard_normal() + random.random() + self.np_random.random() + self.action_space.sample()[0]
+        luck += float(th.rand(()))
         observation, reward, *rest = super().step(action)
         return observation + 0.1 * luck, reward + 10.0 * luck, *rest
 
@@ -246,6 +248,26 @@ def test_all_random_generators_are_left_alone_and_repeated() -> None:
         np.testing.assert_allclose(d.O_a, plain.O_a, atol=1e-8)
         assert_reproduces(d, live.step(action))
     assert live.np_random.random() != twin.np_random.random()  # the twin has not been stepped
+
+
+class TorchGambler(MyHopper):
+    """Draws from torch's global generator alone."""
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        observation, reward, *rest = super().step(action)
+        return observation, reward + 10.0 * float(th.randn(())), *rest
+
+
+def test_noise_of_torch_is_common_to_all_rows() -> None:
+    live = play(TorchGambler(), 5)
+    action = np.full(3, 0.1, np.float32)
+    before = everything_of(live)
+    d = differentiate(live, action)
+    assert everything_of(live) == before
+    quiet = play(stock("hopper"), 0)
+    mujoco.mj_copyData(quiet.data, quiet.model, live.data)
+    np.testing.assert_allclose(d.r_x, differentiate(quiet, action).r_x, atol=1e-8)
+    assert_reproduces(d, live.step(action))
 
 
 class Recycler(MyHopper):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
+import torch as th
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
@@ -141,10 +142,11 @@ class PrivateCopy:
 
 
 class GlobalGenerators(NamedTuple):
-    """State of Python's and NumPy's global random generators, which an environment should not use but may."""
+    """State of Python's, NumPy's and torch's (CPU) global random generators, which an environment should not use but may."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
+    torch: th.Tensor
 
     @classmethod
     def now(cls) -> GlobalGenerators:
@@ -153,12 +155,13 @@ class GlobalGenerators(NamedTuple):
 
         :return: the present state
         """
-        return cls(random.getstate(), np.random.get_state())  # type: ignore[arg-type]
+        return cls(random.getstate(), np.random.get_state(), th.get_rng_state())  # type: ignore[arg-type]
 
     def put_back(self) -> None:
         """Make this the present state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # type: ignore[arg-type]
+        th.set_rng_state(self.torch)
 
     def is_now(self) -> bool:
         """
@@ -166,13 +169,14 @@ class GlobalGenerators(NamedTuple):
 
         :return: whether nothing was drawn since
         """
-        python, numpy = GlobalGenerators.now()
-        return python == self.python and all(np.array_equal(a, b) for a, b in zip(numpy, self.numpy, strict=True))
+        python, numpy, torch = GlobalGenerators.now()
+        same = python == self.python and all(np.array_equal(a, b) for a, b in zip(numpy, self.numpy, strict=True))
+        return same and th.equal(torch, self.torch)
 
 
 @contextmanager
 def kept_global_generators() -> Iterator[None]:
-    """Leave Python's and NumPy's global random generators as they were before the block."""
+    """Leave the global random generators as they were before the block."""
     before = GlobalGenerators.now()
     try:
         yield
