@@ -405,6 +405,44 @@ def test_functions_that_keep_a_hold_of_the_environment_are_named(look: Callable[
         EnvStepDynamics(play(Looking(look), 0))
 
 
+class Imitator(MyHopper):
+    """Follows a table of heights, and tries in odd ways to change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = np.linspace(1.0, 1.3, 1000).copy()  # without, it is a view of memory that can be written
+        self.table.setflags(write=False)
+        self.parts = {"end": self.table[-10:], "own": np.zeros(3), "shown": np.broadcast_to(np.zeros(1), (4,))}
+        self.n_failures = 0
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        try:
+            if not self.table.flags.owndata:  # in a copy
+                self.table.setflags(write=True)
+        except ValueError:
+            self.n_failures += 1
+        self.parts["own"] += 1.0
+        observation, reward, *rest = super().step(action)
+        return observation, reward - (self.data.qpos[1] - self.table[0] - self.parts["end"][0]) ** 2, *rest
+
+
+def test_read_only_arrays_are_shared() -> None:
+    live, reference = play(Imitator(), 5), play(Imitator(), 5)
+    action = live.action_space.sample()
+    before = everything_of(live)
+    dynamics = EnvStepDynamics(live, COARSE)
+    d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+    assert everything_of(live) == before and not live.table.flags.writeable
+    copy = dynamics._private.env
+    assert copy.n_failures == 1  # type: ignore[attr-defined]
+    for mine, theirs in ((live.table, copy.table), (live.parts["end"], copy.parts["end"])):  # type: ignore[attr-defined]
+        assert np.shares_memory(mine, theirs) and not theirs.flags.writeable
+    for name in ("own", "shown"):
+        assert not np.shares_memory(live.parts[name], copy.parts[name])  # type: ignore[attr-defined]
+    assert_agree(d, slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
+    assert_reproduces(d, live.step(action))
+
+
 def test_other_functions_are_no_obstacle() -> None:
     price = 10.0
     live, reference = (play(Looking(lambda env: env.read_view), 0) for _ in range(2))

@@ -16,7 +16,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import Array
-from sb3_agpo.dynamics.references import CONSTANTS, Place, find_places
+from sb3_agpo.dynamics.references import CONSTANTS, Place, find_references
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 
 #: attributes that the private copy keeps for itself
@@ -50,8 +50,9 @@ class PrivateCopy:
     """
     A copy of an environment, with its own attributes, model, ``MjData`` and random generators, and without a renderer.
 
-    Attributes may hold views of the simulator's memory: those of the copy are views of its own. What it cannot copy is what
-    the environment's code holds by other ways than its attributes, such as global variables.
+    Attributes may hold views of the simulator's memory: those of the copy are views of its own. Read-only arrays are shared,
+    all others are copied in each :meth:`restore`. What it cannot copy is what the environment's code holds by other ways than
+    its attributes, such as global variables.
 
     :param live: unwrapped environment, never changed
     :param careful: expect from the start that steps change the model or draw from global generators, which costs time in each
@@ -207,8 +208,9 @@ def copy_situation(
     attributes = {name: value for name, value in vars(env).items() if name not in PRIVATE_ATTRIBUTES}
     shared = [attributes[name] for name in SHARED_ATTRIBUTES if name in attributes]
     twins = twins | {id(thing): thing for thing in shared}
-    places = find_places(attributes, env, twins)
-    twins |= places
+    references = find_references(attributes, env, twins)
+    twins |= references.places | references.frozen
+    shared += references.frozen.values()
     owners = (env, attributes.get("action_space"), attributes.get("observation_space"))
     found = (getattr(owner, "_np_random", None) for owner in owners)
     # Making a generator is slow, setting its state is not: rows share the copies made here, and the spaces that use them
@@ -219,7 +221,7 @@ def copy_situation(
     shared += [generator for generator, _ in generators]
     kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
     constants = {name: copied.pop(name) for name in kept}
-    return Situation(constants, copied, model, source, data, drawn, generators, shared, list(places.values()))
+    return Situation(constants, copied, model, source, data, drawn, generators, shared, list(references.places.values()))
 
 
 def is_constant(value: Any) -> bool:

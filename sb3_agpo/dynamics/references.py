@@ -6,10 +6,12 @@ import functools
 import gc
 import types
 from collections.abc import Collection, Iterator
+from mmap import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.envs.mujoco import MujocoEnv
+from numpy.typing import NDArray
 
 #: types of values that nothing can change
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic)
@@ -62,17 +64,41 @@ def find_place(thing: Any, env: MujocoEnv) -> Place | None:
     return None
 
 
-def find_places(attributes: dict[str, Any], env: MujocoEnv, stops: Collection[int]) -> dict[int, Place]:
+class Found(NamedTuple):
+    """What attributes refer to that is not to be copied, by its ``id``."""
+
+    places: dict[int, Place]  # of parts of the simulator
+    frozen: dict[int, NDArray[Any]]  # views of arrays that nothing can change
+
+
+def is_frozen(array: Any) -> bool:
     """
-    Find everything in attributes that is a part of an environment's simulator.
+    Whether an object is an array that nothing can change.
+
+    :param array: any object
+    :return: True for arrays that are read-only, and no view of one that is not
+    """
+    if not isinstance(array, np.ndarray) or array.dtype.hasobject:
+        return False
+    memory: Any = array
+    while isinstance(memory, np.ndarray):
+        if memory.flags.writeable:
+            return False
+        memory = memory.base
+    return memory is None or isinstance(memory, (bytes, mmap))
+
+
+def find_references(attributes: dict[str, Any], env: MujocoEnv, stops: Collection[int]) -> Found:
+    """
+    Find everything in attributes that is a part of an environment's simulator, or that copies can share.
 
     :param attributes: of the environment, by name
     :param env: the environment
     :param stops: ``id`` of objects that need not be looked into
-    :return: by the ``id`` of what was found, its place
+    :return: what was found
     :raises TypeError: naming an attribute by which a function keeps a hold of the environment or of its simulator
     """
-    places: dict[int, Place] = {}
+    found = Found({}, {})
     whole = {id(env), id(env.data), id(env.model)}
     for name, value in attributes.items():
         for thing, by_function in reachable(value, stops):
@@ -83,8 +109,10 @@ def find_places(attributes: dict[str, Any], env: MujocoEnv, stops: Collection[in
                     "on using the original; make the function a method of the class"
                 )
             if place is not None:
-                places[id(thing)] = place
-    return places
+                found.places[id(thing)] = place
+            elif is_frozen(thing):
+                found.frozen[id(thing)] = thing.view()  # which cannot be made writeable again
+    return found
 
 
 def reachable(value: Any, stops: Collection[int]) -> Iterator[tuple[Any, bool]]:
