@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
+import torch as th
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
@@ -88,7 +89,7 @@ def everything_of(env: MujocoEnv) -> list[bytes]:
     names = ("qacc", "qacc_warmstart", "ctrl", "xpos", "xipos", "cfrc_ext", "cinert", "cvel", "qfrc_constraint", "sensordata")
     arrays = [model, integration_state(env), np.array(env.data.time), *(getattr(env.data, name) for name in names)]
     own = (env.np_random.bit_generator.state, env.action_space.np_random.bit_generator.state)
-    generators = [repr(own), repr(np.random.get_state()), repr(random.getstate())]
+    generators = [repr(own), repr(np.random.get_state()), repr(random.getstate()), repr(th.get_rng_state().tolist())]
     plain = {k: repr(v) for k, v in vars(env).items() if k not in ("model", "data", "mujoco_renderer", "_np_random")}
     return [array.tobytes() for array in arrays] + [text.encode() for text in generators] + [repr(plain).encode()]
 

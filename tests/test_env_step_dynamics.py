@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import mujoco
 import numpy as np
 import pytest
+import torch as th
 from dynamics_reference import assert_agree, assert_same_bits, everything_of, play, slow_derivatives, stock
 from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
@@ -223,6 +225,7 @@ class Gambler(MyHopper):
 
     def step(self, action: np.ndarray[Any, Any]) -> Result:
         luck = np.random.standard_normal() + random.random() + self.np_random.random() + self.action_space.sample()[0]
+        luck += float(th.rand(()))
         observation, reward, *rest = super().step(action)
         return observation + 0.1 * luck, reward + 10.0 * luck, *rest
 
@@ -245,6 +248,26 @@ def test_all_random_generators_are_left_alone_and_repeated() -> None:
         np.testing.assert_allclose(d.O_a, plain.O_a, atol=1e-8)
         assert_reproduces(d, live.step(action))
     assert live.np_random.random() != twin.np_random.random()  # the twin has not been stepped
+
+
+class TorchGambler(MyHopper):
+    """Draws from torch's global generator alone."""
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        observation, reward, *rest = super().step(action)
+        return observation, reward + 10.0 * float(th.randn(())), *rest
+
+
+def test_noise_of_torch_is_common_to_all_rows() -> None:
+    live = play(TorchGambler(), 5)
+    action = np.full(3, 0.1, np.float32)
+    before = everything_of(live)
+    d = differentiate(live, action)
+    assert everything_of(live) == before
+    quiet = play(stock("hopper"), 0)
+    mujoco.mj_copyData(quiet.data, quiet.model, live.data)
+    np.testing.assert_allclose(d.r_x, differentiate(quiet, action).r_x, atol=1e-8)
+    assert_reproduces(d, live.step(action))
 
 
 class Recycler(MyHopper):
@@ -293,6 +316,140 @@ def test_running_with_derivatives_equals_running_without() -> None:
         first, second = recorded.step(action.copy())[0], twin.step(action.copy())[0]
         assert everything_of(live)[:5] == everything_of(twin)[:5]
     assert recorded.take_derivatives(10).valid.all()
+
+
+# ---------------------------------------------------------------------- references
+
+
+class Height:
+    """A sensor that keeps a view of the place where it reads."""
+
+    def __init__(self, qpos: Any) -> None:
+        self.places = {"height": qpos[1::-1]}
+
+    def read(self) -> float:
+        return float(self.places["height"][0])
+
+
+def view(env: Any) -> Callable[[], float]:
+    env.view = env.data.qpos[1:3]
+    return env.read_view
+
+
+def sensor(env: Any) -> Callable[[], float]:
+    env.sensor = Height(env.data.qpos)
+    return env.sensor.read
+
+
+def options(env: Any) -> Callable[[], float]:
+    env.options = env.model.opt
+    return env.read_options
+
+
+def closure(env: Any) -> Callable[[], float]:
+    data = env.data
+    return lambda: float(data.qpos[1])
+
+
+def default(env: Any) -> Callable[[], float]:
+    return lambda owner=env: float(owner.data.qpos[1])
+
+
+def list_of_functions(env: Any) -> Callable[[], float]:
+    qpos = env.data.qpos
+    env.terms = {"height": [functools.lru_cache(env.read_view), lambda: qpos[1]]}
+    return env.read_terms
+
+
+class Looking(MyHopper):
+    """Pays for the height before the step, of which it knows in one way or another."""
+
+    def __init__(self, look: Callable[[Any], Callable[[], float]]) -> None:
+        super().__init__()
+        self.look = look(self)
+
+    def read_view(self) -> float:
+        return float(self.view[0])
+
+    def read_options(self) -> float:
+        self.options.gravity[0] = 0.1 * self.data.qpos[1]  # of this step, and of the model that it is made with
+        return float(self.data.qpos[1])
+
+    def read_terms(self) -> float:
+        return float(self.terms["height"][1]())
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        height = self.look()
+        observation, reward, *rest = super().step(action)
+        return observation, reward + 10.0 * height, *rest
+
+
+@pytest.mark.parametrize("look", [view, sensor, options])
+def test_parts_of_the_simulator_in_attributes_are_those_of_the_copy(look: Callable[[Any], Callable[[], float]]) -> None:
+    live, reference = (play(Looking(look), 5, scale=0.5) for _ in range(2))
+    dynamics = EnvStepDynamics(live, COARSE)
+    for _ in range(2):
+        action = live.action_space.sample()
+        before = everything_of(live)
+        d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+        assert everything_of(live) == before
+        assert_agree(d, slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
+        assert d.r_x[0, 1] > 5.0  # without the height before the step it is small
+        assert_reproduces(d, live.step(action))
+
+
+@pytest.mark.parametrize("look", [closure, default, list_of_functions])
+def test_functions_that_keep_a_hold_of_the_environment_are_named(look: Callable[[Any], Callable[[], float]]) -> None:
+    name = "terms" if look is list_of_functions else "look"
+    with pytest.raises(TypeError, match=f"its attribute `{name}` holds a function that keeps .* make the function a method"):
+        EnvStepDynamics(play(Looking(look), 0))
+
+
+class Imitator(MyHopper):
+    """Follows a table of heights, and tries in odd ways to change it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = np.linspace(1.0, 1.3, 1000).copy()  # without, it is a view of memory that can be written
+        self.table.setflags(write=False)
+        self.parts = {"end": self.table[-10:], "own": np.zeros(3), "shown": np.broadcast_to(np.zeros(1), (4,))}
+        self.n_failures = 0
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        try:
+            if not self.table.flags.owndata:  # in a copy
+                self.table.setflags(write=True)
+        except ValueError:
+            self.n_failures += 1
+        self.parts["own"] += 1.0
+        observation, reward, *rest = super().step(action)
+        return observation, reward - (self.data.qpos[1] - self.table[0] - self.parts["end"][0]) ** 2, *rest
+
+
+def test_read_only_arrays_are_shared() -> None:
+    live, reference = play(Imitator(), 5), play(Imitator(), 5)
+    action = live.action_space.sample()
+    before = everything_of(live)
+    dynamics = EnvStepDynamics(live, COARSE)
+    d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+    assert everything_of(live) == before and not live.table.flags.writeable
+    copy = dynamics._private.env
+    assert copy.n_failures == 1  # type: ignore[attr-defined]
+    for mine, theirs in ((live.table, copy.table), (live.parts["end"], copy.parts["end"])):  # type: ignore[attr-defined]
+        assert np.shares_memory(mine, theirs) and not theirs.flags.writeable
+    for name in ("own", "shown"):
+        assert not np.shares_memory(live.parts[name], copy.parts[name])  # type: ignore[attr-defined]
+    assert_agree(d, slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
+    assert_reproduces(d, live.step(action))
+
+
+def test_other_functions_are_no_obstacle() -> None:
+    price = 10.0
+    live, reference = (play(Looking(lambda env: env.read_view), 0) for _ in range(2))
+    for env in (live, reference):
+        env.view, env.other = env.data.qpos[1:], [functools.partial(env.read_view), np.random.uniform, lambda: price]
+    action = live.action_space.sample()
+    assert_agree(differentiate(live, action), slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
 
 
 # ---------------------------------------------------------------------- models

@@ -11,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
+from gymnasium.wrappers import TimeLimit
 from small_models import small_model
 
 from sb3_agpo.dynamics.interface import Array
@@ -152,11 +153,28 @@ def test_recorded_derivatives_are_those_of_the_engine() -> None:
     assert recording.neighbour is recording.jacobians[FINER]
 
 
-@pytest.mark.parametrize("name", ["HalfCheetah-v5", "sb3_agpo/TorchPendulum-v0"])
+class Randomised(HopperEnv):
+    """Another hopper in each episode, which becomes heavier with each step, in wind that comes from a global generator."""
+
+    def reset_model(self) -> Array:
+        if not hasattr(self, "original_mass"):
+            self.original_mass = self.model.body_mass.copy()
+        self.model.body_mass[:] = self.original_mass * self.np_random.uniform(0.5, 2.0, self.original_mass.shape)
+        return super().reset_model()
+
+    def step(self, action: Any) -> Any:
+        self.model.body_mass *= 1.1
+        self.data.qvel[0] += 0.1 * np.random.standard_normal()
+        return super().step(action)
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah-v5", "sb3_agpo/TorchPendulum-v0", "Randomised"])
 def test_moments_lead_to_the_recorded_rewards(name: str) -> None:
     """Going back to a moment and taking the recorded actions repeats the episode, also after the live one has moved on."""
-    recording = record_steps(gym.make(name), 12, n_moments=3)
+    env = TimeLimit(Randomised(), 4) if name == "Randomised" else gym.make(name)
+    recording = record_steps(env, 12, n_moments=3)
     assert [moment.step for moment in recording.moments] == [0, 4, 8]
+    assert recording.ends.sum() == (3 if name == "Randomised" else 0)
     for moment in [*recording.moments, recording.moments[0]]:
         copy = recording.replay.restart(moment.saved)
         for step in range(moment.step, moment.step + 4):
@@ -279,6 +297,41 @@ def test_reward_that_nothing_changes() -> None:
     assert found.best == found.recording.base
 
 
+class Guarded(HopperEnv):
+    """A hopper whose copies fail at every second step, as others do at states that they find odd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.original, self.n_steps = id(self), 0
+
+    def reset_model(self) -> Array:
+        self.n_steps = 0
+        return super().reset_model()
+
+    def step(self, action: Any) -> Any:
+        self.n_steps += 1
+        if id(self) != self.original and self.n_steps % 4 == 3:
+            raise RuntimeError("odd")
+        return super().step(action)
+
+
+def test_moments_at_which_the_environment_fails_are_left_out() -> None:
+    """The others count, and warnings tell how many there were."""
+    env = TimeLimit(Guarded(), 8)
+    policy = make_policy(env, None, None, seed=0)._replace(horizon=1)
+    with pytest.warns(RuntimeWarning) as caught:
+        found = inspect_environment(env, policy, Sizes(steps=16, moments=8, actions=4))
+    assert isinstance(found, Inspection)
+    told = [str(warning.message) for warning in caught if "moments are left out" in str(warning.message)]
+    expected = "4 of 8 moments are left out, at which the environment's own code failed; the first with RuntimeError: odd"
+    assert told == [expected, expected]
+    assert {prediction.n_moments for prediction in found.predictions} == {4}
+    assert {part.name for part in found.reward} == {"reward_forward", "reward_ctrl", "reward_survive"}
+    with pytest.warns(RuntimeWarning, match="4 of 4 moments are left out"):
+        (nothing, *_) = measure_predictions(found.recording, horizon=5, noise=0.1, n_actions=2, seed=0)
+    assert nothing.n_moments == 0 and np.isnan(nothing.explained)
+
+
 def test_model_is_looked_at_with_its_own_options(tmp_path: Path) -> None:
     options = FiniteDifferences(position_step=2e-3)
     model = small_model("InvertedPendulum-v5", finite_differences=options, horizon=3)
@@ -337,11 +390,17 @@ def test_class_in_a_module(custom: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert make_environment("sb3_agpo:sb3_agpo/LinearQuadratic-v0").spec is not None
 
 
+def test_file_without_the_class(custom: Path) -> None:
+    with pytest.raises(ValueError, match=r"\(ImportError: the file .*calm_hopper.py has no `CalmHoper`\); give"):
+        make_environment(f"{custom}:CalmHoper")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["Nope-v3"], "'Nope-v3' cannot be made"),
         (["nope.py:Nope"], "there is no file nope.py"),
+        (["Hopper-v5", "--set", "xml_file='./nope.xml'"], "OSError: File ./nope.xml does not exist"),
         (["nope:Nope"], "No module named 'nope'"),
         (["CartPole-v1"], "AGPO needs continuous actions"),
         (["collections:OrderedDict"], "no Gymnasium environment"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
 import time
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -443,6 +446,26 @@ def test_threads_start_late_and_stop(task: str) -> None:
     assert count_threads() == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("task", ["hopper", "reacher"])
+def test_threads_start_anew_in_a_forked_process(task: str) -> None:
+    live = play(stock(task), 3)
+    dynamics = MujocoDynamics(live, FiniteDifferences(threads=2))
+    arguments = dynamics.get_state()[None], live.action_space.sample()[None]
+    expected = dynamics.differentiate(*arguments)
+    for first in (dynamics.close, lambda: None):
+        child = os.fork()
+        if child == 0:  # which must not come back into pytest
+            signal.alarm(20)  # ends it if it waits for ever
+            first()
+            again = [dynamics.differentiate(*arguments) for _ in range(2)]
+            dynamics.close()
+            os._exit(0 if all(np.array_equal(a, b) for d in again for a, b in zip(d, expected, strict=True)) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert_same_bits(dynamics.differentiate(*arguments), expected)
+
+
 @pytest.mark.parametrize("task", ["hopper", "reacher"])
 def test_engines_can_be_copied_and_pickled(task: str) -> None:
     live = play(stock(task), 3)
@@ -455,6 +478,12 @@ def test_engines_can_be_copied_and_pickled(task: str) -> None:
     twin = copy.deepcopy(dynamics)
     assert twin.env is not live
     assert_same_bits(twin.differentiate(*arguments), expected)
+
+
+def test_the_oldest_mujoco_that_is_allowed_has_what_is_used() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    (requirement,) = (d for d in tomllib.loads(text)["project"]["dependencies"] if d.startswith("mujoco"))
+    assert [int(number) for number in requirement.removeprefix("mujoco>=").split(".")] >= [3, 5]  # mj_copyData
 
 
 def test_simulator_calls_are_counted() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -25,7 +27,7 @@ from dynamics_reference import (
 )
 from gymnasium import spaces
 from gymnasium import wrappers as gym_wrappers
-from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco import MujocoEnv, inverted_pendulum_v5
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 from numpy.typing import NDArray
@@ -112,6 +114,31 @@ def test_a_custom_environment_that_cannot_be_copied_has_none() -> None:
     report = chosen(Monitor(Locked()))
     assert report.kind == "none"
     assert report.reason.startswith("Locked is a custom MujocoEnv, but its attribute `my_lock` cannot be copied")
+
+
+def test_a_stock_task_with_another_method_is_custom() -> None:
+    """Neither the task's formulas nor, where the new method uses the original environment, a copy would do."""
+    env = HopperEnv()
+    original = env._get_rew
+    env._get_rew = types.MethodType(lambda self, v, a: (self.data.qpos[1], {}), env)  # type: ignore[method-assign]
+    report = chosen(env)
+    assert report.kind == "env_step" and "HopperEnv has a method `_get_rew` that is not Gymnasium's:" in report.reason
+    env._get_rew = lambda v, a: original(v, 2.0 * a)  # type: ignore[method-assign]
+    report = chosen(env)
+    assert report.kind == "none" and "method `_get_rew` that is not Gymnasium's, but its attribute `_get_rew`" in report.reason
+
+
+@pytest.mark.skipif(not hasattr(mujoco.mjtState, "mjSTATE_HISTORY"), reason="this MuJoCo knows no delays")
+@pytest.mark.parametrize("kind", ["InvertedPendulumEnv", "Custom"])
+def test_a_model_with_delayed_actuators_has_none(kind: str, tmp_path: Path) -> None:
+    text = (Path(inverted_pendulum_v5.__file__).parent / "assets" / "inverted_pendulum.xml").read_text()
+    (tmp_path / "delay.xml").write_text(text.replace("<motor ", '<motor delay="0.04" nsample="4" ', 1))
+    stock_class = inverted_pendulum_v5.InvertedPendulumEnv
+    make = stock_class if kind == "InvertedPendulumEnv" else type("Custom", (stock_class,), {})
+    report = chosen(make(xml_file=str(tmp_path / "delay.xml")))
+    assert report.kind == "none"
+    assert report.reason == f"the model of {kind} keeps a state that is not differentiated (history)"
+    assert chosen(make()).kind != "none"
 
 
 class Spaces(gym.Env[Any, Any]):
@@ -515,10 +542,12 @@ def test_exact_derivatives_through_wrappers() -> None:
 class Broken(LinearQuadraticEnv):
     """Offers derivatives that are not finite, or of another environment."""
 
-    fault = "nan"
+    fault: Any = "nan"
 
     def differentiate(self, states: Any, actions: Any) -> TransitionDerivatives:
         d = super().differentiate(states, actions)
+        if callable(self.fault):
+            return self.fault(d) or d
         if self.fault == "nan":
             d.O_x[0] = np.nan
         if self.fault == "other":
@@ -537,6 +566,45 @@ def test_exact_derivatives_are_checked_too() -> None:
         d = recorded.get_wrapper_attr("recorder").take_derivatives(2)
         np.testing.assert_array_equal(d.valid, [fault == "none", True])
         assert d.A[0].any() == (fault == "none") and d.A[1].any()
+
+
+@pytest.mark.parametrize("name", ["A", "B", "C", "r_a"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 1e39])
+def test_exact_derivatives_beyond_single_precision_are_left_out(name: str, value: float) -> None:
+    env = Broken()
+    env.fault = lambda d: getattr(d, name).__setitem__(0, value)
+    recorded = install_recorder(env, ONE)
+    recorded.reset(seed=0)
+    for _ in range(2):
+        recorded.step(np.zeros(1, np.float32))
+    d = recorded.get_wrapper_attr("recorder").take_derivatives(2)
+    np.testing.assert_array_equal(d.valid, [False, True])
+    assert not d.A[0].any() and d.A[1].any()
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        (lambda d: tuple(d), TypeError, "must return a TransitionDerivatives, got a tuple"),
+        (lambda d: d._replace(A=d.A[:, :1]), ValueError, r"`A` as a NumPy array of the shape \(1, 2, 2\), got \(1, 1, 2\)"),
+        (lambda d: d._replace(B=d.B[:, :, 0]), ValueError, r"`B` as a NumPy array of the shape \(1, 2, 1\), got \(1, 2\)"),
+        (lambda d: d._replace(r_x=d.r_x[:, None]), ValueError, r"`r_x` .* \(1, 2\), got \(1, 1, 2\)"),
+        (lambda d: d._replace(reward=d.reward[:, None]), ValueError, r"`reward` .* \(1,\), got \(1, 1\)"),
+        (lambda d: d._replace(next_state=d.next_state[0]), ValueError, r"`next_state` .* \(1, 'any'\), got \(2,\)"),
+        (lambda d: d._replace(valid=d.valid.astype(int)), TypeError, "`valid` as a NumPy array of bool, got int64"),
+        (lambda d: d._replace(O_x=d.O_x.tolist()), TypeError, "`O_x` as a NumPy array, got a list"),
+        (lambda d: d._replace(C=d.C.astype(object)), TypeError, "`C` as a NumPy array of float64, got object"),
+    ],
+)
+def test_exact_derivatives_of_the_wrong_form(fault: Any, error: type[Exception], message: str, deferred: bool) -> None:
+    env = Broken()
+    env.fault, env.deferred = fault, deferred  # type: ignore[attr-defined]
+    recorded = install_recorder(env, ONE)
+    recorded.reset(seed=0)
+    with pytest.raises(error, match=f"`differentiate` of Broken .*{message}"):
+        recorded.step(np.zeros(1, np.float32))
+        recorded.get_wrapper_attr("recorder").take_derivatives(1)
 
 
 def test_recorders_and_installers_can_be_copied() -> None:

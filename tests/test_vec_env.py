@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,29 @@ class TestEquality:
             for info in actual[3]:
                 info.clear()
 
+    def test_infos_belong_to_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where Gymnasium gives views of MuJoCo's memory, as it did before 1.4."""
+        reset_info = HopperEnv._get_reset_info
+        monkeypatch.setattr(HopperEnv, "_get_reset_info", lambda self: {**reset_info(self), "qpos": self.data.qpos})
+        env = make_mujoco_vec_env("Hopper-v5", 2, 0, max_episode_steps=3, full_info=True)
+        step = env._simulation._step_own
+
+        def with_views(index: int, *rest: Any) -> None:
+            step(index, *rest)
+            env._simulation._results[index][-1]["qvel"] = env._envs[index].unwrapped.data.qvel  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(env._simulation._work, "_function", with_views)
+        env.reset()
+        kept = [(env.reset_infos[0]["qpos"], env.reset_infos[0]["qpos"].copy())]
+        for row in draw_actions(env, 4):
+            infos = env.step(row)[3]
+            kept += [
+                (infos[1]["qvel"], infos[1]["qvel"].copy()),
+                (env.reset_infos[1]["qpos"], env.reset_infos[1]["qpos"].copy()),
+            ]
+        for value, before in kept:
+            np.testing.assert_array_equal(value, before)
+
 
 class TestSeedsAndResets:
     """Random numbers are drawn as Gymnasium draws them."""
@@ -303,6 +328,30 @@ class TestSimulatorsChangedByHand:
                 unwrapped.set_state(unwrapped.data.qpos + 0.01, 0.5 * unwrapped.data.qvel)
             assert_same_step(pair[0].step(row), pair[1].step(row))
 
+    @pytest.mark.parametrize("threads", [1, 2])
+    @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Reacher-v4"])
+    def test_an_interrupted_step(self, env_id: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Some simulators have moved, and others not: the next step starts where each is."""
+        dummy, threaded = make_pair(env_id, threads=threads)
+        np.testing.assert_array_equal(dummy.reset(), threaded.reset())
+        rows, calls = draw_actions(dummy, 6), []
+        assert_same_run(dummy, threaded, rows[:2])
+        original = mujoco.mj_rnePostConstraint
+
+        def interrupted(model: Any, data: Any) -> None:
+            calls.append(data)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            original(model, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mujoco, "mj_rnePostConstraint", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                threaded.step(rows[2])
+        for single, other in zip(dummy.envs, threaded._envs, strict=True):
+            mujoco.mj_copyData(single.unwrapped.data, other.unwrapped.model, other.unwrapped.data)  # type: ignore[attr-defined]
+        assert_same_run(dummy, threaded, rows[3:])
+
     def test_the_model_is_shared(self) -> None:
         dummy, threaded = make_pair("HalfCheetah-v5")
         models = threaded.get_attr("model")
@@ -313,6 +362,139 @@ class TestSimulatorsChangedByHand:
         for model in dummy.get_attr("model"):
             model.opt.gravity[2] = -3.0
         assert_same_run(dummy, threaded, draw_actions(dummy, 10))
+
+
+class TestOptionsChangedLater:
+    """The task's options are the environments' own, whoever changes them and when."""
+
+    @pytest.mark.parametrize("env_id", ["Hopper-v5", "Ant-v5"])
+    def test_by_a_method(self, env_id: str) -> None:
+        pair = make_pair(env_id)
+        for env in pair:
+            env.reset()
+        for reward in (7.0, 3.0):
+            for env in pair:
+                for index in (0, 1, 2):  # one by one, so that they differ in between
+                    env.env_method("set_wrapper_attr", "_healthy_reward", reward, indices=index)
+            assert_same_run(*pair, draw_actions(pair[0], 10))
+
+    def test_through_an_object_that_was_handed_out(self) -> None:
+        pair = make_pair("Walker2d-v5")
+        kept = []
+        for env in pair:
+            env.reset()
+            kept.append([single.unwrapped for single in env.envs])
+        for i, row in enumerate(draw_actions(pair[0], 8)):
+            for env in kept[0] + kept[1]:
+                env._ctrl_cost_weight = 0.1 * i
+                env.model.opt.timestep = 0.002 if i < 4 else 0.001
+                env.frame_skip = 4 + i // 2
+            assert_same_step(pair[0].step(row), pair[1].step(row))
+
+    def test_by_a_checkpoint(self) -> None:
+        pair = make_pair("Hopper-v5", n_envs=1)
+        for env in pair:
+            env.env_method("set_wrapper_attr", "_healthy_reward", 7.0)
+            env.reset()
+        restored = make_pair("Hopper-v5", n_envs=1)[1]
+        restored.reset()
+        restored.set_checkpoint_state(pair[1].get_checkpoint_state())
+        for row in draw_actions(pair[0], 10):
+            assert_same_step(pair[0].step(row), restored.step(row))
+
+    def test_copies_have_the_original_options(self) -> None:
+        dummy, threaded = make_pair("Hopper-v5")
+        for env in (dummy, threaded):
+            env.env_method("set_wrapper_attr", "_healthy_reward", 7.0)
+        ours, theirs = copy.deepcopy(threaded), copy.deepcopy(dummy)
+        for env in (ours, theirs):
+            env.seed(3)
+        np.testing.assert_array_equal(ours.reset(), theirs.reset())
+        assert_same_run(theirs, ours, draw_actions(dummy, 5))
+
+    def test_not_in_all_environments(self) -> None:
+        dummy, threaded = make_pair("Hopper-v5")
+        for env in (dummy, threaded):
+            env.reset()
+            env.env_method("set_wrapper_attr", "_healthy_reward", 7.0, indices=1)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"environment 1 differs from environment 0 .* equal options"):
+                threaded.step(draw_actions(threaded, 1)[0])
+        for env in (dummy, threaded):
+            env.env_method("set_wrapper_attr", "_healthy_reward", 1.0, indices=1)
+        assert_same_run(dummy, threaded, draw_actions(dummy, 5))  # nothing has happened
+
+    def test_where_each_environment_takes_its_own_step(self) -> None:
+        pair = make_pair("Hopper-v5", full_info=True)
+        for env in pair:
+            env.reset()
+            env.env_method("set_wrapper_attr", "_healthy_reward", 7.0, indices=1)
+        assert_same_run(*pair, draw_actions(pair[0], 5), full_info=True)
+
+    @pytest.mark.parametrize(("depth", "message"), [(0, "HopperEnv.*`_get_rew`"), (1, "TimeLimit.*methods was replaced")])
+    def test_a_method_replaced_later(self, depth: int, message: str) -> None:
+        env = make_mujoco_vec_env("Hopper-v5", 2)
+        env.reset()
+        env.step(np.zeros((2, 3)))
+        single = env.envs[1]
+        if depth == 0:
+            single.unwrapped._get_rew = lambda *_: (0.0, {})  # type: ignore[attr-defined]
+        else:
+            single.env.step = lambda _: None  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=message):
+            env.step(np.zeros((2, 3)))
+
+
+def generous(env: Any, name: str) -> Any:
+    """
+    Replace a method that returns a reward by one that returns more of it.
+
+    :param env: environment or wrapper
+    :param name: name of the method
+    :return: the environment
+    """
+    original, place = getattr(env, name), 0 if name == "_get_rew" else 1
+
+    def replaced(*arguments: Any) -> Any:
+        values = list(original(*arguments))
+        values[place] += 100.0
+        return tuple(values)
+
+    setattr(env, name, replaced)
+    return env
+
+
+class TestReplacedMethods:
+    """Whose reward is another one than the task's is not stepped in threads."""
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: Monitor(generous(HopperEnv(), "_get_rew")), r"HopperEnv .*: its method `_get_rew` is not the original"),
+            (lambda: generous(HopperEnv(), "step"), r"HopperEnv .*: its method `step` is not the original"),
+            (lambda: generous(TimeLimit(HopperEnv(), 5), "step"), "wrapper TimeLimit, one of whose methods was replaced"),
+            (lambda: generous(Monitor(HopperEnv()), "step"), "wrapper Monitor, one of whose methods was replaced"),
+        ],
+    )
+    def test_in_an_environment(self, make: Callable[[], gym.Env], message: str) -> None:
+        assert not can_be_threaded(make())
+        with pytest.raises(ValueError, match=message):
+            MujocoVecEnv([make])
+
+    def test_in_gymnasiums_own_class(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = HopperEnv._get_rew
+        for replaced in (lambda self, *_: (0.0, {}), functools.wraps(original)(lambda self, *_: (0.0, {}))):
+            with monkeypatch.context() as patch:
+                patch.setattr(HopperEnv, "_get_rew", replaced)
+                assert not can_be_threaded(gym.make("Hopper-v5"))
+                with pytest.raises(ValueError, match="its method `_get_rew` is not the original"):
+                    MujocoVecEnv("Hopper-v5")
+        assert can_be_threaded(gym.make("Hopper-v5"))
+
+    def test_what_is_no_part_of_a_step(self) -> None:
+        env = HopperEnv()
+        env.reset_model, env.render = env.reset_model, lambda: None  # type: ignore[method-assign]
+        assert can_be_threaded(env)
 
 
 class TestMonitor:

@@ -37,7 +37,14 @@ class EnvStepDynamics:
     asked *before* the live environment moves on, because attributes written in Python are part of the state.
 
     ``C`` and ``next_C`` come from differences of ``_get_obs``, the method that Gymnasium's MuJoCo tasks have by
-    convention; without it they are zero, and only the critic's matching of dQ/dx goes without them.
+    convention; without it they are zero, and only the critic's matching of dQ/dx goes without them. An entry of the
+    observation is taken for a memory of the step, so that its rows are zero, if another number comes out when MuJoCo computes
+    it from the state again. Where the same number happens to come out, as for the place of a body at rest, it is taken for a
+    function of the state, at this step and perhaps not at the next.
+
+    The coordinates that are moved are MuJoCo's positions, velocities and activations, as in the other class. What else an
+    environment carries from step to step, in attributes written in Python for example, is the same in all rows: a step starts
+    from it, but an effect by way of it on later steps is missing in ``A`` and ``B``.
 
     A step that raises an exception has no derivatives: ``valid`` is False, and the first such exception is warned about.
 

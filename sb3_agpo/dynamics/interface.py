@@ -9,7 +9,7 @@ MuJoCo), action ``a`` in [-1, 1] as the policy emits it (``nu``), observation ``
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,40 @@ def absent_derivatives(n: int, nobs: int, nu: int, ndx: int) -> TransitionDeriva
         terminated=np.zeros(n, dtype=np.bool_),
         valid=np.zeros(n, dtype=np.bool_),
     )
+
+
+def check_derivatives(derivatives: Any, name: str, n: int, nobs: int, nu: int, ndx: int) -> TransitionDerivatives:
+    """
+    Check what an environment of somebody's own has returned as derivatives.
+
+    :param derivatives: what ``differentiate`` returned
+    :param name: name of the environment's class
+    :param n: number of transitions
+    :param nobs: length of an observation
+    :param nu: length of an action
+    :param ndx: length of a tangent vector of the state
+    :return: the derivatives
+    :raises TypeError: if it is no :class:`TransitionDerivatives`, or naming a field that is no array of the right kind
+    :raises ValueError: naming a field of the wrong shape, and the right one
+    """
+    if not isinstance(derivatives, TransitionDerivatives):
+        kind = type(derivatives).__name__
+        raise TypeError(f"`differentiate` of {name} must return a TransitionDerivatives, got a {kind}")
+    shapes: dict[str, tuple[Any, ...]]
+    shapes = {key: value.shape for key, value in absent_derivatives(n, nobs, nu, ndx)._asdict().items()}
+    shapes["next_state"] = (n, "any")
+    for key, value in derivatives._asdict().items():
+        told = f"`differentiate` of {name} must return `{key}` as a NumPy array"
+        if not isinstance(value, np.ndarray):
+            raise TypeError(f"{told}, got a {type(value).__name__}")
+        kinds, expected = ("b", "bool") if key in ("terminated", "valid") else ("fiu", "float64")
+        if value.dtype.kind not in kinds:
+            raise TypeError(f"{told} of {expected}, got {value.dtype}")
+        # How long a state is in the simulator's own coordinates is its own affair
+        shape = (n, *value.shape[1:2]) if key == "next_state" else shapes[key]
+        if value.shape != shape or value.ndim != len(shapes[key]):
+            raise ValueError(f"{told} of the shape {shapes[key]}, got {value.shape}; see TransitionDerivatives")
+    return derivatives
 
 
 def zero_invalid(derivatives: TransitionDerivatives) -> TransitionDerivatives:

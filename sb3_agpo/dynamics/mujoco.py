@@ -25,6 +25,8 @@ from sb3_agpo.dynamics.tangent import PositionTangent
 from sb3_agpo.dynamics.tasks import Outcome, Steps, TaskModel, find_task_model
 
 NUMBERS = (int, float, np.integer, np.floating)
+#: what is larger in absolute value is infinite in the single precision of networks
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,9 @@ class MujocoDynamics:
     The state is the full physics state (time, positions, velocities, activations, ...), the constraint solver's warm
     start and the task's readings (see :class:`~sb3_agpo.dynamics.tasks.Steps`). The unperturbed row equals ``env.step``
     bit for bit. All stepping happens on a private copy of the model; the live environment is only ever read.
+
+    Not differentiated is what a model keeps beside positions, velocities and activations, the past of delayed actuators for
+    example (see :func:`~sb3_agpo.dynamics.tangent.state_outside_tangent`): AGPO does not use this class for such models.
 
     :param env: unwrapped environment of one of Gymnasium's own classes
     :param differences: step sizes, scheme and threads
@@ -432,13 +437,13 @@ def discard_invalid(derivatives: TransitionDerivatives, max_derivative: float) -
 
     :param derivatives: a batch, its derivatives may be changed in place
     :param max_derivative: bound on the absolute value of the entries of A and B
-    :return: the batch with ``valid`` updated: False also where values or derivatives are not finite, or where the state is
-        one that MuJoCo takes for unstable
+    :return: the batch with ``valid`` updated: False also where values or derivatives are not finite in single precision, or
+        where the state is one that MuJoCo takes for unstable
     """
     d = derivatives
     valid = d.valid.copy()
-    for field in (d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a, d.next_obs, d.reward):
-        valid &= np.isfinite(field).all(axis=tuple(range(1, field.ndim)))
-    for field, bound in ((d.next_state, mujoco.mjMAXVAL), (d.A, max_derivative), (d.B, max_derivative)):
+    bounded = [(field, LARGEST) for field in (d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a, d.next_obs, d.reward)]
+    bounded += [(d.next_state, mujoco.mjMAXVAL), (d.A, max_derivative), (d.B, max_derivative)]
+    for field, bound in bounded:
         valid &= (np.abs(field) <= bound).all(axis=tuple(range(1, field.ndim)))  # False for NaN
     return zero_invalid(d._replace(valid=valid))

@@ -6,21 +6,30 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
+import torch as th
 from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import Array
+from sb3_agpo.dynamics.references import CONSTANTS, Place, find_references
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 
 #: attributes that the private copy keeps for itself
 PRIVATE_ATTRIBUTES = ("model", "data", "mujoco_renderer", "render_mode")
 #: attributes that describe how an environment was made; nothing changes them, so they need no copy
 SHARED_ATTRIBUTES = ("spec", "metadata", "_ezpickle_args", "_ezpickle_kwargs")
-CONSTANTS = (bool, int, float, complex, str, bytes, type(None), np.generic)
+
+
+@dataclass
+class Source:
+    """A model as it is before steps that may change it."""
+
+    model: mujoco.MjModel
 
 
 class Situation(NamedTuple):
@@ -29,30 +38,37 @@ class Situation(NamedTuple):
     constants: dict[str, Any]  # attributes that all rows share
     attributes: dict[str, Any]  # all others
     model: mujoco.MjModel  # which the attributes refer to, if any does
+    source: Source  # the model to step with
     data: mujoco.MjData
+    drawn: GlobalGenerators  # the global generators to step with
     generators: list[tuple[np.random.Generator, Any]]  # those that the attributes refer to, and their states then
     shared: list[Any]  # what other attributes may refer to and is shared too
+    places: list[Place]  # what stands in the attributes for views and other parts of the simulator
 
 
 class PrivateCopy:
     """
     A copy of an environment, with its own attributes, model, ``MjData`` and random generators, and without a renderer.
 
-    What it cannot copy is what the environment's code holds by other ways than its attributes: a function defined inside
-    a method, or a NumPy view of ``MjData`` kept in an attribute, goes on using the live environment.
+    Attributes may hold views of the simulator's memory: those of the copy are views of its own. Read-only arrays are shared,
+    all others are copied in each :meth:`restore`. What it cannot copy is what the environment's code holds by other ways than
+    its attributes, such as global variables.
 
     :param live: unwrapped environment, never changed
-    :raises TypeError: if an attribute of the environment cannot be copied
+    :param careful: expect from the start that steps change the model or draw from global generators, which costs time in each
+        :meth:`restore`; else it is noticed by :meth:`capture`
+    :raises TypeError: if an attribute of the environment cannot be copied, or holds a function that was defined inside a
+        method and uses the environment
     """
 
-    def __init__(self, live: MujocoEnv) -> None:
+    def __init__(self, live: MujocoEnv, careful: bool = False) -> None:
         self.live = live
-        self._live_bytes, self._model = model_bytes(live.model), private_model(live.model)
-        self._model_bytes = model_bytes(self._model)
-        self._data = [mujoco.MjData(self._model) for _ in range(2)]  # of the situations
-        self._changes_model = self._draws_globally = False
+        self._live_bytes, self._source = model_bytes(live.model), Source(private_model(live.model))
+        self._model_bytes = model_bytes(self._source.model)
+        self._data = [mujoco.MjData(self._source.model) for _ in range(2)]  # of the situations
+        self._changes_model = self._draws_globally = careful
         self.env: MujocoEnv = object.__new__(type(live))
-        self.env.model, self.env.data = self._model, mujoco.MjData(self._model)
+        self.env.model, self.env.data = self._source.model, mujoco.MjData(self._source.model)
         self.env.render_mode = None  # its `step` never draws
         self.env.mujoco_renderer = None  # type: ignore[assignment]
         self.capture_live()  # raises now if it ever will
@@ -71,15 +87,16 @@ class PrivateCopy:
         if len(live_bytes) != len(self._live_bytes):
             raise RuntimeError("the environment has another model than when it was attached")
         if not np.array_equal(live_bytes, self._live_bytes):
-            self._live_bytes, self._model = live_bytes, private_model(live.model)
-            self._model_bytes = model_bytes(self._model)
+            self._live_bytes, self._source = live_bytes, Source(private_model(live.model))
+            self._model_bytes = model_bytes(self._source.model)
         self._globals = GlobalGenerators.now()
-        mujoco.mj_copyData(self._data[0], self._model, live.data)
+        model = self._source.model
+        mujoco.mj_copyData(self._data[0], model, live.data)
         if physics is not None:
-            mujoco.mj_setState(self._model, self._data[0], physics, FULL_PHYSICS)
-        twins = {id(live): self.env, id(live.data): self.env.data, id(live.model): self._model}
+            mujoco.mj_setState(model, self._data[0], physics, FULL_PHYSICS)
+        twins = {id(live): self.env, id(live.data): self.env.data, id(live.model): model}
         twins[id(live.mujoco_renderer)] = None  # type: ignore[assignment]
-        return copy_situation(live, self._model, self._data[0], twins)
+        return copy_situation(live, self._source, model, self._data[0], self._globals, twins)
 
     def capture(self) -> Situation:
         """
@@ -89,12 +106,13 @@ class PrivateCopy:
         """
         env = self.env
         mujoco.mj_copyData(self._data[1], env.model, env.data)
-        situation = copy_situation(env, env.model, self._data[1], {id(thing): thing for thing in (env, env.data, env.model)})
         # Few environments do either of this, and both cost time in each row: from now on they are allowed for
         self._draws_globally |= not self._globals.is_now()
-        if not self._changes_model and not np.array_equal(self._model_bytes, model_bytes(self._model)):
-            self._changes_model, self._model = True, private_model(self.live.model)
-        return situation
+        if not self._changes_model and not np.array_equal(self._model_bytes, model_bytes(env.model)):
+            self._changes_model, self._source.model = True, private_model(self.live.model)
+        source = Source(env.model) if self._changes_model else self._source
+        twins = {id(thing): thing for thing in (env, env.data, env.model)}
+        return copy_situation(env, source, env.model, self._data[1], self._globals, twins)
 
     def restore(self, situation: Situation, physics: Array | None = None) -> MujocoEnv:
         """
@@ -105,16 +123,17 @@ class PrivateCopy:
         :return: the private copy
         """
         env = self.env
-        env.model = copy.copy(self._model) if self._changes_model else self._model
+        env.model = copy.copy(situation.source.model) if self._changes_model else situation.source.model
         twins = {id(thing): thing for thing in (env, env.data, *situation.shared)}
-        attributes = copy_attributes(situation.attributes, twins | {id(situation.model): env.model})
+        twins |= {id(situation.model): env.model} | {id(place): place.of(env) for place in situation.places}
+        attributes = copy_attributes(situation.attributes, twins)
         kept = {name: vars(env)[name] for name in PRIVATE_ATTRIBUTES}
         vars(env).clear()  # also of what `step` sets for the first time
         vars(env).update(situation.constants, **attributes, **kept)
         for generator, state in situation.generators:
             generator.bit_generator.state = state
         if self._draws_globally:
-            self._globals.put_back()
+            situation.drawn.put_back()
         mujoco.mj_copyData(env.data, env.model, situation.data)
         if physics is not None:
             mujoco.mj_setState(env.model, env.data, physics, FULL_PHYSICS)
@@ -124,10 +143,11 @@ class PrivateCopy:
 
 
 class GlobalGenerators(NamedTuple):
-    """State of Python's and NumPy's global random generators, which an environment should not use but may."""
+    """State of Python's, NumPy's and torch's (CPU) global random generators, which an environment should not use but may."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...]
+    torch: th.Tensor
 
     @classmethod
     def now(cls) -> GlobalGenerators:
@@ -136,12 +156,13 @@ class GlobalGenerators(NamedTuple):
 
         :return: the present state
         """
-        return cls(random.getstate(), np.random.get_state())  # type: ignore[arg-type]
+        return cls(random.getstate(), np.random.get_state(), th.get_rng_state())  # type: ignore[arg-type]
 
     def put_back(self) -> None:
         """Make this the present state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)  # type: ignore[arg-type]
+        th.set_rng_state(self.torch)
 
     def is_now(self) -> bool:
         """
@@ -149,13 +170,14 @@ class GlobalGenerators(NamedTuple):
 
         :return: whether nothing was drawn since
         """
-        python, numpy = GlobalGenerators.now()
-        return python == self.python and all(np.array_equal(a, b) for a, b in zip(numpy, self.numpy, strict=True))
+        python, numpy, torch = GlobalGenerators.now()
+        same = python == self.python and all(np.array_equal(a, b) for a, b in zip(numpy, self.numpy, strict=True))
+        return same and th.equal(torch, self.torch)
 
 
 @contextmanager
 def kept_global_generators() -> Iterator[None]:
-    """Leave Python's and NumPy's global random generators as they were before the block."""
+    """Leave the global random generators as they were before the block."""
     before = GlobalGenerators.now()
     try:
         yield
@@ -163,20 +185,32 @@ def kept_global_generators() -> Iterator[None]:
         before.put_back()
 
 
-def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, twins: dict[int, Any]) -> Situation:
+def copy_situation(
+    env: MujocoEnv,
+    source: Source,
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    drawn: GlobalGenerators,
+    twins: dict[int, Any],
+) -> Situation:
     """
     Copy an environment's attributes.
 
     :param env: the environment, not changed
+    :param source: the model to step with
     :param model: what the copies refer to as their model
     :param data: what to put beside them
+    :param drawn: the same
     :param twins: by the ``id`` of objects that must not be copied, what to put in their place
     :return: the situation
-    :raises TypeError: naming an attribute that cannot be copied
+    :raises TypeError: naming an attribute that cannot be copied, or holds a function that uses the environment
     """
     attributes = {name: value for name, value in vars(env).items() if name not in PRIVATE_ATTRIBUTES}
     shared = [attributes[name] for name in SHARED_ATTRIBUTES if name in attributes]
     twins = twins | {id(thing): thing for thing in shared}
+    references = find_references(attributes, env, twins)
+    twins |= references.places | references.frozen
+    shared += references.frozen.values()
     owners = (env, attributes.get("action_space"), attributes.get("observation_space"))
     found = (getattr(owner, "_np_random", None) for owner in owners)
     # Making a generator is slow, setting its state is not: rows share the copies made here, and the spaces that use them
@@ -187,7 +221,7 @@ def copy_situation(env: MujocoEnv, model: mujoco.MjModel, data: mujoco.MjData, t
     shared += [generator for generator, _ in generators]
     kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
     constants = {name: copied.pop(name) for name in kept}
-    return Situation(constants, copied, model, data, generators, shared)
+    return Situation(constants, copied, model, source, data, drawn, generators, shared, list(references.places.values()))
 
 
 def is_constant(value: Any) -> bool:

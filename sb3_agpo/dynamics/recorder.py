@@ -14,14 +14,23 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
-from sb3_agpo.dynamics.interface import Array, DifferentiableDynamics, TransitionDerivatives, concatenate, zero_invalid
-from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics, discard_invalid
-from sb3_agpo.dynamics.tasks import find_task_model
+from sb3_agpo.dynamics.interface import (
+    Array,
+    DifferentiableDynamics,
+    TransitionDerivatives,
+    check_derivatives,
+    concatenate,
+    zero_invalid,
+)
+from sb3_agpo.dynamics.mujoco import LARGEST, FiniteDifferences, MujocoDynamics, discard_invalid
+from sb3_agpo.dynamics.tangent import state_outside_tangent
+from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
 R = TypeVar("R")
@@ -199,7 +208,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
             return self.env.step(action)
         action = np.asarray(action)
         state = self.dynamics.get_state()
-        derivatives = None if self._deferred else self.dynamics.differentiate(state[None], action[None])
+        derivatives = None if self._deferred else self._differentiate(state[None], action[None])
         taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
         record = Record(state, taken, float(result[1]), np.array(result[0], dtype=np.float64), derivatives)
@@ -276,16 +285,26 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
             the state are zero where that saves work
         :return: their derivatives, relative to the action in [-1, 1] and the observation the agent sees
         """
-        assert self.dynamics is not None
         # Other sources have nothing to save: exact derivatives come at once, others were taken before the step
         options = {"by_state": by_state} if isinstance(self.dynamics, MujocoDynamics) else {}
-        return self._finish(self.dynamics.differentiate(records.states, records.actions, **options), records)
+        return self._finish(self._differentiate(records.states, records.actions, **options), records)
+
+    def _differentiate(self, states: Array, actions: NDArray[Any], **options: Any) -> TransitionDerivatives:
+        """Ask the source, and check what somebody's own environment answers."""
+        assert self.dynamics is not None
+        derivatives = self.dynamics.differentiate(states, actions, **options)
+        if self.provider_report.kind != "exact":
+            return derivatives
+        space = self.env.observation_space
+        assert isinstance(space, spaces.Box)
+        sizes = len(states), space.shape[0], actions.shape[1], self.dynamics.tangent_size
+        return check_derivatives(derivatives, type(self.env.unwrapped).__name__, *sizes)
 
     def _finish(self, derivatives: TransitionDerivatives, records: StepRecords) -> TransitionDerivatives:
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
         exact = self.provider_report.kind == "exact"
         if exact:  # the other sources have done so themselves
-            derivatives = discard_invalid(derivatives, np.inf)
+            derivatives = discard_invalid(derivatives, LARGEST)
         # A model or an option changed since the environment was attached would give derivatives of another simulator.
         # Differences go through the very same computation; exact ones may come by another way and in another precision
         tolerance = 1e-3 if exact else 1e-6
@@ -361,6 +380,9 @@ def choose_dynamics(
         return unwrapped, ProviderReport("exact", f"{name} offers its own derivatives", unwrapped.tangent_size)
     if not isinstance(unwrapped, MujocoEnv):
         return None, ProviderReport("none", f"{name} is no MuJoCo environment and offers no derivatives")
+    if outside := state_outside_tangent(unwrapped.model):
+        parts = ", ".join(outside)
+        return None, ProviderReport("none", f"the model of {name} keeps a state that is not differentiated ({parts})")
     if find_task_model(unwrapped) is not None:
         stock = MujocoDynamics(unwrapped, differences)
         scales = b"".join(scale.tobytes() for scale in wrapper_scales(env))
@@ -373,11 +395,13 @@ def choose_dynamics(
             hashlib.sha256(stock.signature() + scales).digest(),
         )
         return stock, report
+    method = foreign_method(unwrapped)
+    what = "is a custom MujocoEnv" if method is None else f"has a method `{method}` that is not Gymnasium's"
     try:
         custom = EnvStepDynamics(unwrapped, differences)
     except TypeError as error:
-        return None, ProviderReport("none", f"{name} is a custom MujocoEnv, but {error}")
-    reason = f"{name} is a custom MujocoEnv: finite differences through its own step"
+        return None, ProviderReport("none", f"{name} {what}, but {error}")
+    reason = f"{name} {what}: finite differences through its own step"
     rows = custom.rows_per_transition
     return custom, ProviderReport("env_step", reason, custom.tangent_size, rows, rows)
 

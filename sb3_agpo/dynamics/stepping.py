@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,6 +62,20 @@ def _ignore(message: str) -> None:
     """Take a warning and do nothing."""
 
 
+#: steppers whose threads run
+_STARTED: weakref.WeakSet[RolloutStepper | DataStepper] = weakref.WeakSet()
+
+
+def _forget_threads() -> None:
+    """In a process that was just forked: threads did not come along, and to wait for them would be to wait for ever."""
+    for stepper in list(_STARTED):
+        stepper.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
 class SteppedRows(NamedTuple):
     """``N`` rows after one environment step; NaN where a row or one before it in the same transition diverged."""
 
@@ -71,7 +88,7 @@ class RolloutStepper:
     """
     Steps rows with ``mujoco.rollout``; for tasks that read nothing but the physics state.
 
-    Threads start with the first step, in whichever process that happens.
+    Threads start with the first step, in whichever process that happens, and anew in a process that was forked later.
 
     :param model: private model
     :param frame_skip: physics steps per environment step
@@ -97,6 +114,7 @@ class RolloutStepper:
             # With one thread the pool of zero workers runs in the calling thread
             self._rollout = mujoco.rollout.Rollout(nthread=self.threads if self.threads > 1 else 0)
             self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
+            _STARTED.add(self)
         total = len(physics)
         states = np.empty((total, self.frame_skip, physics.shape[1]))
         sensors = np.empty((total, self.frame_skip, self.model.nsensordata))
@@ -122,6 +140,12 @@ class RolloutStepper:
             self._rollout.close()
         self._rollout, self._data = None, []
 
+    def forget(self) -> None:
+        """Leave the threads to themselves, as after a fork; another step starts new ones."""
+        # Never destroyed, which would be to wait for its threads
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._rollout))
+        self._rollout, self._data = None, []
+
     def __getstate__(self) -> dict[str, Any]:
         """Threads stay behind when a stepper is copied or sent to another process."""
         return {**vars(self), "_rollout": None, "_data": []}
@@ -132,7 +156,7 @@ class DataStepper:
     Steps rows with ``mj_step`` on private ``MjData``, for tasks that read more from it than the physics state.
 
     MuJoCo releases the interpreter lock while it steps, so threads run in parallel. They start with the first step, in
-    whichever process that happens.
+    whichever process that happens, and anew in a process that was forked later.
 
     A transition of which one row diverged is not to be trusted, so that its other rows may be left out. They are: MuJoCo
     takes up to a thousand times as long for a step with NaN, where everything touches everything.
@@ -162,6 +186,7 @@ class DataStepper:
         if not self._data:
             self._data = [mujoco.MjData(self.model) for _ in range(self.threads)]
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sb3_agpo") if self.threads > 1 else None
+            _STARTED.add(self)
         starts = starting_states(self.model, physics, warmstart, controls)
         readings = np.zeros((2, len(physics), self.task.n_readings))
         rows = SteppedRows(np.full_like(physics, np.nan), readings[0], readings[1])
@@ -204,6 +229,10 @@ class DataStepper:
         """Stop the threads; another step would start them again."""
         if self._pool is not None:
             self._pool.shutdown()
+        self._pool, self._data = None, []
+
+    def forget(self) -> None:
+        """Leave the threads to themselves, as after a fork; another step starts new ones."""
         self._pool, self._data = None, []
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+#: parts of MuJoCo's state that have tangent coordinates; and the time, on which nothing has an effect
+TANGENT_STATE = ("mjSTATE_TIME", "mjSTATE_QPOS", "mjSTATE_QVEL", "mjSTATE_ACT")
+
 
 def quaternion_multiply(left: Array, right: Array) -> Array:
     """
@@ -84,6 +87,23 @@ def joint_layout(model: mujoco.MjModel) -> JointLayout:
         else:
             scalars.append((position, tangent))
     return JointLayout(tuple(scalars), tuple(quaternions))
+
+
+def state_outside_tangent(model: mujoco.MjModel) -> list[str]:
+    """
+    Parts of MuJoCo's state that carry something from step to step and are not among the tangent coordinates.
+
+    :param model: MuJoCo's model
+    :return: their names, such as "history" of delayed actuators or "plugin"; none for most models
+    """
+    full = int(mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+    found = []
+    for name, kind in mujoco.mjtState.__members__.items():
+        part = int(kind.value)
+        single = part.bit_count() == 1 and bool(part & full) and name != "mjNSTATE"
+        if single and name not in TANGENT_STATE and mujoco.mj_stateSize(model, part) > 0:
+            found.append(name.removeprefix("mjSTATE_").lower())
+    return found
 
 
 class PositionTangent:

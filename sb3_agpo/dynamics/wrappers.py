@@ -84,13 +84,23 @@ def is_transparent(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
     :return: True also for classes derived from known ones or from ``gymnasium.Wrapper`` that override none of
         :data:`WRAPPER_METHODS`
     """
-    if any(callable(vars(env).get(name)) for name in WRAPPER_METHODS):  # put there from outside
+    if is_patched(env):
         return False
     if isinstance(env, DtypeObservation) and not np.issubdtype(env.observation_space.dtype, np.floating):
         return False
     named = (base for base in type(env).__mro__ if f"{base.__module__}.{base.__qualname__}" in TIME_LIMITS)
     known = (*TRANSPARENT_WRAPPERS, *AFFINE_WRAPPERS, gym.Wrapper, *named)
     return any(inherits_unchanged(type(env), base, WRAPPER_METHODS) for base in known)
+
+
+def is_patched(env: gym.Wrapper[Any, Any, Any, Any]) -> bool:
+    """
+    Whether somebody has put a method into a wrapper, in the place of its class's.
+
+    :param env: a wrapper; the environment inside does not matter
+    :return: True if it is one of :data:`WRAPPER_METHODS`
+    """
+    return any(callable(vars(env).get(name)) for name in WRAPPER_METHODS)
 
 
 def inherits_unchanged(kind: type, base: type, methods: Sequence[str]) -> bool:

@@ -47,9 +47,12 @@ def make_environment(name: str, arguments: Mapping[str, Any] | None = None) -> g
     arguments = dict(arguments or {})
     source, colon, attribute = name.rpartition(":")
     try:
-        maker = getattr(_import(source), attribute, None) if colon else None
+        module = _import(source) if colon else None
+        maker = getattr(module, attribute, None)
+        if maker is None and source.endswith(".py"):  # whose path is no name that Gymnasium could import
+            raise ImportError(f"the file {source} has no `{attribute}`")
         env = gym.make(name, **arguments) if maker is None else maker(**arguments)
-    except (gym.error.Error, ImportError, TypeError, AttributeError) as error:
+    except (gym.error.Error, ImportError, OSError, TypeError, AttributeError) as error:
         raise ValueError(
             f"'{name}' cannot be made ({type(error).__name__}: {error}); give a registered id such as Hopper-v5, or your "
             "own class as package.module:ClassName or path/to/file.py:ClassName, and its arguments by --set"

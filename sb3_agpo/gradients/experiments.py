@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -24,6 +26,22 @@ from sb3_agpo.gradients.replay import MujocoReplay
 TIMED_STEPS, TIMED_DERIVATIVES = 100, 20
 #: smaller relative changes are rounding
 TINY = 1e-9
+
+
+@contextmanager
+def _noted(errors: list[Exception]) -> Iterator[None]:
+    """Go on if the environment's own code fails at an odd state, and note with what."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+
+
+def _warn(errors: list[Exception], n_moments: int) -> None:
+    """Tell at how many moments the environment's own code failed."""
+    if errors:
+        description = f"{len(errors)} of {n_moments} moments are left out, at which the environment's own code failed"
+        warnings.warn(f"{description}; the first with {type(errors[0]).__name__}: {errors[0]}", RuntimeWarning, stacklevel=3)
 
 
 def _play(env: gym.Env[Any, Any], actions: NDArray[Any]) -> float:
@@ -55,39 +73,36 @@ def measure_predictions(
     :param n_actions: other first actions at each moment
     :param seed: of the noise
     :param progress: called with 1 for each moment
-    :return: agreement with each of the difference options
+    :return: agreement with each of the difference options; moments at which the environment's own code fails are left out,
+        with a warning
     """
     random = np.random.default_rng(seed)
     fits = set(windows(recording.ends, horizon).tolist())
     moments = [moment for moment in recording.moments if moment.step in fits]
-    deviations, changes = [], []
+    gradients, deviations, changes = [], [], []
+    errors: list[Exception] = []
     for moment in moments:
+        progress(1)
         actions = recording.actions[moment.step : moment.step + horizon]
         tried = np.clip(
             actions[0] + noise * recording.action_scale * random.standard_normal((n_actions, len(actions[0]))),
             recording.low,
             recording.high,
         ).astype(actions.dtype)
-        with kept_global_generators():
-            nominal = _play(recording.replay.restart(moment.saved), actions)
-            returns = [
-                _play(recording.replay.restart(moment.saved), np.concatenate([first[None], actions[1:]])) for first in tried
-            ]
-        moved = tried.astype(np.float64) - actions[0]
-        scale = recording.action_scale
+        returns: list[float] = []
+        with kept_global_generators(), _noted(errors):
+            sequences = [actions, *(np.concatenate([first[None], actions[1:]]) for first in tried)]
+            returns = [_play(recording.replay.restart(moment.saved), sequence) for sequence in sequences]
+        if not returns:
+            continue
+        moved, scale = tried.astype(np.float64) - actions[0], recording.action_scale
         deviations.append(np.divide(moved, scale, out=np.zeros_like(moved), where=scale != 0.0))
-        changes.append(np.array(returns) - nominal)
-        progress(1)
-    if not moments:
+        changes.append(np.array(returns[1:]) - returns[0])
+        gradients.append([reward_gradient(jacobians, moment.step, horizon) for jacobians in recording.jacobians])
+    _warn(errors, len(moments))
+    if not changes:
         return [Prediction(float("nan"), float("nan"), 0, 0) for _ in recording.jacobians]
-    return [
-        prediction(
-            np.stack([reward_gradient(jacobians, moment.step, horizon) for moment in moments]),
-            np.stack(deviations),
-            np.stack(changes),
-        )
-        for jacobians in recording.jacobians
-    ]
+    return [prediction(np.stack(own), np.stack(deviations), np.stack(changes)) for own in zip(*gradients, strict=True)]
 
 
 class RewardPart(NamedTuple):
@@ -106,15 +121,19 @@ def reward_parts(recording: Recording, progress: Callable[[int], object] = lambd
 
     :param recording: steps with moments to go back to
     :param progress: called with 1 for each moment
-    :return: one for each part that is a number; none if the environment reports none or is no MuJoCo environment
+    :return: one for each part that is a number; none if the environment reports none or is no MuJoCo environment. Moments at
+        which its own code fails are left out, with a warning
     """
     if not isinstance(recording.replay, MujocoReplay):
         return []
     values: dict[str, list[float]] = {}
     by_action: dict[str, list[bool]] = {}
     by_state: dict[str, list[bool]] = {}
+    errors: list[Exception] = []
     for moment in recording.moments:
-        with kept_global_generators():
+        progress(1)
+        infos: list[dict[str, Any]] = [{}]
+        with kept_global_generators(), _noted(errors):
             infos, is_action = _perturbed_infos(recording, moment, recording.replay)
         for name, value in infos[0].items():
             if not (name.startswith("reward") and isinstance(value, int | float | np.number)):
@@ -124,7 +143,7 @@ def reward_parts(recording: Recording, progress: Callable[[int], object] = lambd
             values.setdefault(name, []).append(rows[0])
             by_action.setdefault(name, []).append(bool(moves[is_action].any()))
             by_state.setdefault(name, []).append(bool(moves[~is_action].any()))
-        progress(1)
+    _warn(errors, len(recording.moments))
     return [
         RewardPart(
             name,
@@ -175,8 +194,9 @@ def measure_cost(recording: Recording) -> Cost:
     step = 0.0
     env = recording.replay.restart(moment.saved)
     for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        ended = env.step(action.copy())[2]
+        start, ended = time.perf_counter(), True
+        with _noted([]):  # the same action again and again may lead where the environment does not go on
+            ended = env.step(action.copy())[2]
         step += time.perf_counter() - start
         if ended:
             env = recording.replay.restart(moment.saved)

@@ -41,7 +41,7 @@ class MujocoReplay:
     """
 
     def __init__(self, env: MujocoEnv) -> None:
-        self.private = PrivateCopy(env)
+        self.private = PrivateCopy(env, careful=True)
 
     def remember(self) -> Situation:
         """

@@ -14,14 +14,16 @@ from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_agpo.dynamics.mujoco import MujocoDynamics
-from sb3_agpo.dynamics.tasks import find_task_model
-from sb3_agpo.dynamics.wrappers import is_time_limit
+from sb3_agpo.dynamics.tasks import TaskModel, find_task_model, foreign_method
+from sb3_agpo.dynamics.wrappers import is_patched, is_time_limit
 
 GymEnv = gym.Env[Any, Any]
 
 #: wrappers that ``gymnasium.make`` adds by itself, beside the time limit; what they do in ``step`` is done for all
 #: environments at once
 STEPPED_WRAPPERS = (OrderEnforcing, PassiveEnvChecker)
+#: attributes of an unwrapped environment that begin with an underscore and are no options of its task
+NO_OPTIONS = ("_np_random", "_np_random_seed", "_ezpickle_args", "_ezpickle_kwargs")
 
 
 def check_integers(n_envs: int | None, threads: int | None, seed: int | None, max_episode_steps: int | None) -> None:
@@ -133,24 +135,69 @@ def build_environments(functions: Sequence[Callable[[], GymEnv]]) -> list[GymEnv
     :raises ValueError: if one is not a stock task, has a wrapper that changes steps, or differs from the first
     """
     envs: list[GymEnv] = []
-    signature = b""
+    signature = None
     for index, function in enumerate(functions):
         env = function()
         unwrapped = check_environment(env)
         if any(unwrapped is other.unwrapped for other in envs):
             raise ValueError(f"function {index} returned the environment of another one; let each build a new one")
-        own = MujocoDynamics(unwrapped).signature()
-        if index == 0:
-            signature = own
-        elif own != signature:
-            raise ValueError(
-                f"environment {index} differs from environment 0 in its model or its task's options; "
-                "pass environments built with equal options, or use DummyVecEnv"
-            )
-        else:
+        signature = check_signature(unwrapped, index, signature)
+        if index > 0:
             share_model(unwrapped, envs[0].unwrapped.model)  # type: ignore[attr-defined]
         envs.append(env)
     return envs
+
+
+def check_signature(env: MujocoEnv, index: int, first: bytes | None) -> bytes:
+    """
+    Refuse an environment that differs from the first in more than its state.
+
+    :param env: unwrapped environment of a stock task
+    :param index: its number
+    :param first: signature of the first environment; None if this is the first
+    :return: its signature
+    :raises ValueError: if it is another one
+    """
+    signature = MujocoDynamics(env).signature()
+    if first not in (None, signature):
+        raise ValueError(
+            f"environment {index} differs from environment 0 in its model or its task's options; "
+            "give all environments equal options, or use DummyVecEnv"
+        )
+    return signature
+
+
+def find_task(envs: Sequence[GymEnv]) -> TaskModel:
+    """
+    The model of the task that environments have in common, with the options that they have now.
+
+    :param envs: environments, wrapped or not
+    :return: the model
+    :raises ValueError: if somebody has changed one of them such that they cannot be stepped together any more
+    """
+    signature = None
+    for index, env in enumerate(envs):
+        signature = check_signature(check_environment(env), index, signature)
+    task = find_task_model(envs[0].unwrapped)  # type: ignore[arg-type]
+    assert task is not None
+    return task
+
+
+def describe_options(env: GymEnv) -> str:
+    """
+    Everything that the step of a stock task depends on beside its state and its model, or that tells that it may be another.
+
+    :param env: environment, wrapped or not
+    :return: equal as long as nobody has changed it
+    """
+    unwrapped = env.unwrapped
+    assert isinstance(unwrapped, MujocoEnv)
+    own = {name: value for name, value in vars(unwrapped).items() if name.startswith("_") and name not in NO_OPTIONS}
+    names = list(vars(unwrapped))
+    while isinstance(env, gym.Wrapper):
+        names += vars(env)  # a method may be put in any of them
+        env = env.env
+    return repr((own, names, unwrapped.frame_skip, unwrapped.model.opt.timestep))
 
 
 def check_environment(env: GymEnv) -> MujocoEnv:
@@ -164,16 +211,21 @@ def check_environment(env: GymEnv) -> MujocoEnv:
     unwrapped = env.unwrapped
     name = f"{type(unwrapped).__module__}.{type(unwrapped).__qualname__}"
     if not isinstance(unwrapped, MujocoEnv) or find_task_model(unwrapped) is None:
+        method = foreign_method(unwrapped) if isinstance(unwrapped, MujocoEnv) else None
         raise ValueError(
-            f"{name} is not one of Gymnasium's own MuJoCo tasks (versions 4 and 5), whose steps are known; "
+            f"{name} is not one of Gymnasium's own MuJoCo tasks (versions 4 and 5), whose steps are known"
+            f"{'' if method is None else f': its method `{method}` is not the original'}; "
             "use DummyVecEnv or SubprocVecEnv for it"
         )
-    inner = env.env if type(env) is Monitor else env
+    inner = env
     while isinstance(inner, gym.Wrapper):
-        if type(inner) not in STEPPED_WRAPPERS and not is_time_limit(inner):
-            where = ", which must be the outermost wrapper" if isinstance(inner, Monitor) else ""
+        outermost = inner is env and type(inner) is Monitor
+        known = outermost or type(inner) in STEPPED_WRAPPERS or is_time_limit(inner)
+        if not known or is_patched(inner):
+            where = ", which must be the outermost wrapper" if isinstance(inner, Monitor) and not outermost else ""
+            changed = ", one of whose methods was replaced," if known else ""
             raise ValueError(
-                f"the wrapper {type(inner).__name__}{where} is not stepped in threads; "
+                f"the wrapper {type(inner).__name__}{where}{changed} is not stepped in threads; "
                 "leave it out, use a wrapper of vectorised environments such as VecNormalize, or use DummyVecEnv"
             )
         inner = inner.env

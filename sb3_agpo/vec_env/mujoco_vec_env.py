@@ -19,18 +19,20 @@ from sb3_agpo.checkpoint.environment import capture_environment, restore_environ
 from sb3_agpo.dynamics.interface import Array
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import ProviderReport, StepRecords, choose_dynamics
-from sb3_agpo.dynamics.tasks import find_task_model
+from sb3_agpo.dynamics.tasks import TaskModel, find_task_model
 from sb3_agpo.vec_env.environments import (
     GymEnv,
     build_environments,
     check_functions,
     check_integers,
+    describe_options,
     environment_functions,
+    find_task,
     make_options,
 )
 from sb3_agpo.vec_env.episodes import Episodes
 from sb3_agpo.vec_env.recording import BatchRecorder
-from sb3_agpo.vec_env.simulation import BatchSimulation
+from sb3_agpo.vec_env.simulation import BatchSimulation, own_arrays
 
 #: types of attributes that give no access to a simulator
 _PLAIN = (type(None), bool, int, float, str)
@@ -54,7 +56,7 @@ class MujocoVecEnv(VecEnv):
 
     Each environment is a real Gymnasium environment with ``TimeLimit`` and ``Monitor``, which resets and renders itself
     and can be reached by :meth:`get_attr` and :meth:`env_method`. All share one ``MjModel``: whoever changes it changes
-    all of them. Options of the task are read once, on construction.
+    all of them. Options of the task that are changed later count from the next step on, and must be changed in all alike.
 
     What ``info`` holds: ``TimeLimit.truncated`` always; ``episode`` and ``terminal_observation`` in the last step of an
     episode. The task's own entries (``x_position``, ``reward_ctrl``, ...) come from Gymnasium's code for single
@@ -99,18 +101,16 @@ class MujocoVecEnv(VecEnv):
         self._episodes = Episodes(self._envs)
         if self._episodes.info_keywords and not full_info:
             raise ValueError(f"Monitor's info_keywords {self._episodes.info_keywords} need `full_info=True`")
-        unwrapped = [env.unwrapped for env in self._envs]
-        task = find_task_model(first.unwrapped)  # type: ignore[arg-type]
-        assert task is not None
         self.threads = min(threads or FiniteDifferences().n_threads, len(self._envs))
         if full_info and first.render_mode == "human":
             self.threads = 1  # windows belong to the thread that opened them
-        self._simulation = BatchSimulation(unwrapped, task, self.threads, own_step=full_info)  # type: ignore[arg-type]
+        self._simulation = self._make_simulation(find_task_model(first.unwrapped), full_info)  # type: ignore[arg-type]
         self._pending: _PendingStep | None = None
         self._recorders: weakref.WeakSet[BatchRecorder] = weakref.WeakSet()
         self._is_reset = self._is_closed = False
-        # Whether somebody may hold an object through which a simulator can be changed behind our back
-        self._is_shared = False
+        # Whether somebody may hold an object through which a simulator can be changed behind our back, or has called
+        # something since the last step that may have changed the task's options
+        self._is_shared = self._is_touched = False
         super().__init__(len(self._envs), first.observation_space, first.action_space)
         self.metadata = first.metadata
         if seed is not None:
@@ -121,6 +121,13 @@ class MujocoVecEnv(VecEnv):
         """The environments, wrappers included; step them through this object only."""
         self._is_shared = True
         return self._target_envs(None)
+
+    def _make_simulation(self, task: TaskModel | None, own_step: bool) -> BatchSimulation:
+        """The simulators, to be stepped with the options that the environments have now."""
+        assert task is not None
+        self._described = [describe_options(env) for env in self._envs]
+        unwrapped: list[Any] = [env.unwrapped for env in self._envs]
+        return BatchSimulation(unwrapped, task, self.threads, own_step=own_step)
 
     # ------------------------------------------------------------------ stepping
 
@@ -137,7 +144,8 @@ class MujocoVecEnv(VecEnv):
         obs = self._empty_observations()
         for index, env in enumerate(self._envs):
             options = {"options": self._options[index]} if self._options[index] else {}
-            obs[index], self.reset_infos[index] = env.reset(seed=self._seeds[index], **options)
+            obs[index], info = env.reset(seed=self._seeds[index], **options)
+            self.reset_infos[index] = own_arrays(info)
             self._episodes.begin(index)
         self._simulation.read()
         # Seeds and options are only used once
@@ -161,8 +169,7 @@ class MujocoVecEnv(VecEnv):
             raise RuntimeError("the environments have not been reset yet; call `reset` before `step`")
         self._check_idle()
         actions = self._check_actions(actions)
-        if self._is_shared:
-            self._simulation.read()
+        self._heed_changes()
         recorders = [recorder for recorder in self._recorders if recorder.recording]
         self._pending = _PendingStep(actions, recorders, self._simulation.states() if recorders else None)
         self._simulation.start(actions)
@@ -198,9 +205,22 @@ class MujocoVecEnv(VecEnv):
         """End the episode of one environment and begin the next; ``obs`` and ``info`` are changed in place."""
         info["terminal_observation"] = obs[index].copy()
         self._episodes.end(index, info)
-        obs[index], self.reset_infos[index] = self._envs[index].reset()
+        obs[index], reset_info = self._envs[index].reset()
+        self.reset_infos[index] = own_arrays(reset_info)
         self._episodes.begin(index)
         self._simulation.read((index,))
+
+    def _heed_changes(self) -> None:
+        """Read the simulators and take the options of the task anew, if somebody may have changed them."""
+        if not (self._is_shared or self._is_touched):
+            return
+        # An environment's own step takes its own options in any case
+        if not self._simulation.own_step and self._described != [describe_options(env) for env in self._envs]:
+            task = find_task(self._envs)
+            self._simulation.close()
+            self._simulation = self._make_simulation(task, own_step=False)
+        self._simulation.read()
+        self._is_touched = False
 
     def _check_actions(self, actions: Any) -> NDArray[Any]:
         """A copy of valid actions, in their own dtype, in which Gymnasium takes the cost of control."""
@@ -273,6 +293,7 @@ class MujocoVecEnv(VecEnv):
         restored = [restore_environment(*pair) for pair in zip(self._envs, state["environments"], strict=True)]
         self._episodes.set_state(state["episodes"])
         self._simulation.read()
+        self._is_touched = True
         return sorted({note for notes in restored for note in notes})
 
     # ------------------------------------------------------------------ single environments
@@ -297,6 +318,7 @@ class MujocoVecEnv(VecEnv):
         :param value: its value
         :param indices: indices of environments, None for all
         """
+        self._is_touched = True
         for env in self._target_envs(indices):
             setattr(env, attr_name, value)
 
@@ -317,6 +339,7 @@ class MujocoVecEnv(VecEnv):
             raise ValueError("environments cannot be stepped one by one; call `step` with the actions of all of them")
         chosen = list(self._get_indices(indices))
         targets = self._target_envs(chosen)
+        self._is_touched |= method_name != "reset"
         results = [env.get_wrapper_attr(method_name)(*method_args, **method_kwargs) for env in targets]
         if method_name == "reset":
             for index in chosen:
@@ -377,7 +400,8 @@ class MujocoVecEnv(VecEnv):
         return {**self.__dict__, "_recorders": list(self._recorders)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _recorders=weakref.WeakSet(state["_recorders"]))
+        # The environments were made anew, without options that had been changed later
+        self.__dict__.update(state, _recorders=weakref.WeakSet(state["_recorders"]), _is_touched=True)
 
     def __enter__(self) -> Self:
         return self

@@ -73,6 +73,16 @@ class SharedWork:
             self._pool.shutdown()
 
 
+def own_arrays(info: dict[str, Any]) -> dict[str, Any]:
+    """
+    Copy what is a view of MuJoCo's memory, as some entries are before Gymnasium 1.4: the next step would change it.
+
+    :param info: of a step or a reset
+    :return: the same, to keep
+    """
+    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in info.items()}
+
+
 class Snapshot(NamedTuple):
     """What the task model reads of all environments at one time."""
 
@@ -154,13 +164,18 @@ class BatchSimulation:
         Wait for the step to end.
 
         :return: what Gymnasium's ``step`` returns, one row per environment; its infos if environments run their own step
+        :raises Exception: what a step raised; some simulators have moved then, and others not
         """
-        self._work.finish()
+        try:
+            self._work.finish()
+        except BaseException:
+            self.read()  # the next step starts where the simulators are now
+            raise
         if self.own_step:
             obs, rewards, terminated, _, infos = zip(*self._results, strict=True)
             self.read()
             outcome = Outcome(np.stack(obs), np.array(rewards, dtype=np.float64), np.array(terminated, dtype=np.bool_))
-            return outcome, list(infos)
+            return outcome, [own_arrays(info) for info in infos]
         before, after = self._now, self._next
         np.concatenate(self._qpos_views, out=after.qpos.reshape(-1))
         np.concatenate(self._qvel_views, out=after.qvel.reshape(-1))

@@ -8,6 +8,8 @@ precision Gymnasium adds up a float32 action; and unless MuJoCo reset the simula
 
 from __future__ import annotations
 
+import sys
+
 from gymnasium.envs.mujoco import MujocoEnv
 
 from sb3_agpo.dynamics.tasks.arms import Pusher, Reacher, ReacherV4
@@ -21,7 +23,11 @@ from sb3_agpo.dynamics.tasks.pendulums import (
     InvertedPendulumV4,
 )
 
-__all__ = ["Outcome", "Steps", "TaskModel", "find_task_model"]
+__all__ = ["Outcome", "Steps", "TaskModel", "find_task_model", "foreign_method"]
+
+#: methods that have no part in a step, so that they may be anybody's
+BESIDE_STEPS = ("reset", "reset_model", "_get_reset_info", "set_state", "render", "close")
+_PACKAGE = "gymnasium.envs.mujoco."
 
 # By name, so that a Gymnasium without one of the old versions can still be used.
 _MODELS: dict[str, type[TaskModel]] = {
@@ -54,8 +60,32 @@ def find_task_model(env: MujocoEnv) -> TaskModel | None:
     The model of a stock Gymnasium task.
 
     :param env: an unwrapped environment
-    :return: its model; None if its class is not exactly one of Gymnasium's own (a subclass may have changed anything)
+    :return: its model; None if its class is not exactly one of Gymnasium's own (a subclass may have changed anything), or if
+        a method was replaced (see :func:`foreign_method`)
     """
-    package, _, name = f"{type(env).__module__}.{type(env).__qualname__}".partition(".envs.mujoco.")
-    model = _MODELS.get(name) if package == "gymnasium" else None
-    return None if model is None else model(env)
+    module, name = type(env).__module__, type(env).__qualname__
+    model = _MODELS.get(f"{module.removeprefix(_PACKAGE)}.{name}") if module.startswith(_PACKAGE) else None
+    return None if model is None or foreign_method(env) is not None else model(env)
+
+
+def foreign_method(env: MujocoEnv) -> str | None:
+    """
+    A method that has a part in steps, and that somebody put into an environment or into one of Gymnasium's own classes.
+
+    :param env: an unwrapped environment
+    :return: the method's name; None if there is none, whatever methods a class of the user's own has
+    """
+    for name, value in vars(env).items():
+        if name not in BESIDE_STEPS and callable(value) and hasattr(type(env), name):
+            return name
+    for base in type(env).__mro__:
+        if not base.__module__.startswith(_PACKAGE):
+            continue
+        own = getattr(sys.modules.get(base.__module__), "__dict__", None)
+        for name, value in vars(base).items():
+            method = value.fget if isinstance(value, property) else value
+            # Where a function was defined shows in its globals, even if it has taken over another one's name and module
+            if callable(method) and not name.startswith("__") and getattr(method, "__globals__", None) is not own:
+                if name not in BESIDE_STEPS:
+                    return name
+    return None
