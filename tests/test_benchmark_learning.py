@@ -27,8 +27,10 @@ from sb3_agpo.agpo.gates import DEFAULT_GATE
 from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
+from sb3_agpo.benchmark.clock import LearningClock
+from sb3_agpo.benchmark.plan import RunPlan
 from sb3_agpo.benchmark.records import RunKey
-from sb3_agpo.benchmark.run import Evaluator, LearningClock, RunPlan, learn
+from sb3_agpo.benchmark.run import Evaluator, learn
 
 TASK = "InvertedPendulum-v5"
 TINY = ["policy_kwargs.net_arch=[8]", "batch_size=8", "train_freq=4", "buffer_size=1000"]

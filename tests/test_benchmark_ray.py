@@ -14,9 +14,10 @@ import pytest
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import find_algorithm
+from sb3_agpo.benchmark.plan import RunPlan
 from sb3_agpo.benchmark.records import RunKey
 from sb3_agpo.benchmark.recovery import Recovery
-from sb3_agpo.benchmark.run import RunPlan, learn
+from sb3_agpo.benchmark.run import learn
 
 TASK = "InvertedPendulum-v5"
 SETTINGS: dict[str, Any] = {

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sb3_agpo.benchmark.learning import thread_variables
+from sb3_agpo.benchmark.pool import thread_variables
 
 # Ray 2 reports how it is used to its makers unless told otherwise, and this package sends nothing anywhere by itself
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import find_algorithm
-from sb3_agpo.benchmark.learning import title
+from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, title
 from sb3_agpo.benchmark.ray_cluster import Queue, connected, ray
 from sb3_agpo.benchmark.recovery import Recovery
-from sb3_agpo.benchmark.run import BusyError, RunPlan, claimed, complete_row, describe, learn, prepare
+from sb3_agpo.benchmark.run import complete_row, describe, learn, prepare
 
 POLL = 0.2  # seconds between two looks at the cluster
 
