@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
 from sb3_agpo.benchmark.clock import LearningClock
-from sb3_agpo.benchmark.plan import RunPlan
+from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, differences
 from sb3_agpo.benchmark.records import RunKey
 from sb3_agpo.benchmark.run import Evaluator, learn
 
@@ -128,12 +129,12 @@ def test_other_settings_are_not_mixed(finished: Path, capsys: pytest.CaptureFixt
 def test_other_versions_are_not_mixed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the library; the version of this package matters only to its own algorithms."""
     rows = records.read_rows(finished)
-    key = records.key_of(rows[1])
+    plan = RunPlan(records.key_of(rows[1]), "sac", finished, 128)
     changed = [row | {"torch": "1.0", "sb3_agpo": "0.0"} for row in rows]
-    assert learning.differences(key, False, changed) == f"torch was 1.0, is {rows[1]['torch']}"
-    assert "sb3_agpo was 0.0" in str(learning.differences(key, True, changed))
-    assert learning.differences(key, True, rows) == ""
-    assert learning.differences(key._replace(seed=1), True, rows) is None
+    assert differences(plan, False, changed) == f"torch was 1.0, is {rows[1]['torch']}"
+    assert "sb3_agpo was 0.0" in str(differences(plan, True, changed))
+    assert differences(plan, True, rows) == ""
+    assert differences(replace(plan, key=plan.key._replace(seed=1)), True, rows) is None
 
 
 def test_merging_replaces_the_run(tmp_path: Path, finished: Path) -> None:
@@ -216,6 +217,63 @@ def test_run_in_progress_elsewhere_is_left_alone(tmp_path: Path, capsys: pytest.
         assert main(arguments(output, algorithms="random")) == 0
     assert "left out, another process is at it" in capsys.readouterr().out
     assert not output.exists()
+
+
+def test_run_finished_elsewhere_is_left_out(tmp_path: Path, finished: Path) -> None:
+    """A run that another process finishes after it was planned is not done again; one that is redone is, once."""
+    output = tmp_path / "learning.csv"
+    rows = [row for row in records.read_rows(finished) if row["algorithm"] == "sac"]
+    plan = RunPlan(records.key_of(rows[0]), "sac", output, 128)
+    with claimed(plan, own=False) as file:
+        assert file.name == str(records.partial_path(output, plan.key))
+        records.merge_run(output, plan.key, rows)
+        records.partial_path(output, plan.key).unlink()
+    for planned in (plan, replace(plan, redone=True)):
+        with pytest.raises(BusyError, match="another process has finished it"), claimed(planned, own=False):
+            pass
+        assert not records.partial_path(output, plan.key).exists()
+    records.merge_run(output, plan.key, [row | {"torch": "1.0"} for row in rows])
+    with claimed(replace(plan, redone=True), own=False):
+        pass
+
+
+def test_claim_of_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking the file another process can finish the run, and a third one begin it anew."""
+    plan = RunPlan(RunKey("sac", TASK, 0, "", 300), "sac", tmp_path / "learning.csv", 128)
+    path = records.partial_path(plan.output, plan.key)
+    flock = fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BusyError, match="was at it"), claimed(plan, own=False):
+        pass
+    assert path.exists()
+
+
+def test_two_commands_share_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one command finishes while another one waits to begin it is done once."""
+    output = tmp_path / "learning.csv"
+    work = learning.Pool.work
+    others: list[int] = []
+
+    def late(pool: learning.Pool) -> int:
+        if not others:
+            others.append(1)
+            assert main(arguments(output, algorithms="random")) == 0
+        return work(pool)
+
+    monkeypatch.setattr(learning.Pool, "work", late)
+    assert main(arguments(output, algorithms="random")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("return ") == 1 and "left out, another process has finished it" in printed
+    assert len(records.read_rows(output)) == 1
+    assert [path.name for path in records.partial_folder(output).iterdir()] == [".lock"]
 
 
 def test_cut_off_line_is_dropped(tmp_path: Path, finished: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import ast
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import gymnasium as gym
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, find_algorithm, torch_module
-from sb3_agpo.benchmark.plan import RunPlan, title
+from sb3_agpo.benchmark.plan import RunPlan, differences, title
 from sb3_agpo.benchmark.pool import Pool
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.command_line import check_at_least
@@ -153,27 +154,6 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
     return plans
 
 
-def differences(key: RunKey, own: bool, finished: list[records.Row]) -> str | None:
-    """
-    Compare a run with those in the file.
-
-    :param key: the run
-    :param own: whether this package's version matters to its results
-    :param finished: rows of the file
-    :return: None if the run is not in the file; else what differs, empty if nothing does
-    """
-    same = [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
-    if not same:
-        return None
-    columns = [column for column in records.VERSION_COLUMNS if own or column != "sb3_agpo"]
-    now = {**records.versions(), "settings": key.settings}
-    changed = []
-    for column in [*columns, "settings"]:
-        if then := sorted({row[column] for row in same} - {now[column]}):
-            changed.append(f"{column} was {', '.join(then)}, is {now[column]}")
-    return "; ".join(changed)
-
-
 def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tuple[list[RunPlan], int]:
     """
     Leave out what is finished, and say so.
@@ -185,9 +165,9 @@ def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tup
     missing, outdated, n_finished = [], 0, 0
     finished = records.read_rows(runs[0][0].output) if runs else []
     for plan, spec in runs:
-        changed = differences(plan.key, spec.own, finished)
+        changed = differences(plan, spec.own, finished)
         if changed is None or (changed and redo):
-            missing.append(plan)
+            missing.append(replace(plan, redone=any(records.key_of(row) == plan.key for row in finished)))
         elif changed:
             outdated += 1
             print(f"kept, not redone without --redo: {title(plan)} is finished, but {changed}", file=sys.stderr)

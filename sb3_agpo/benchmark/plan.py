@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class RunPlan:
     :param overrides: constructor arguments to change
     :param models: folder to save models to; None: do not
     :param save_at: environment steps at which to save; empty: at the end
+    :param redone: whether the file of finished runs had it when it was planned
     """
 
     key: RunKey
@@ -38,6 +40,7 @@ class RunPlan:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     models: Path | None = None
     save_at: tuple[int, ...] = ()
+    redone: bool = False
 
 
 def title(plan: RunPlan) -> str:
@@ -50,18 +53,47 @@ def title(plan: RunPlan) -> str:
     return f"{plan.key.algorithm} on {plan.key.env}, seed {plan.key.seed}"
 
 
+def differences(plan: RunPlan, own: bool, finished: list[records.Row]) -> str | None:
+    """
+    Compare a run with those in the file.
+
+    :param plan: the run
+    :param own: whether this package's version matters to its results
+    :param finished: rows of the file
+    :return: None if the run is not in the file; else what differs, empty if nothing does
+    """
+    key = plan.key
+    same = [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
+    if not same:
+        return None
+    columns = [column for column in records.VERSION_COLUMNS if own or column != "sb3_agpo"]
+    now = {**records.versions(), "settings": key.settings}
+    changed = []
+    for column in [*columns, "settings"]:
+        if then := sorted({row[column] for row in same} - {now[column]}):
+            changed.append(f"{column} was {', '.join(then)}, is {now[column]}")
+    return "; ".join(changed)
+
+
 class BusyError(RuntimeError):
-    """Another process is at the same run."""
+    """Another process is at the same run, or has finished it."""
+
+
+def _finished_meanwhile(plan: RunPlan, own: bool) -> bool:
+    """Whether a run has come into the file of finished runs since it was planned."""
+    rows = [row for row in records.read_rows(plan.output) if records.key_of(row) == plan.key]
+    return bool(rows) and not (plan.redone and differences(plan, own, rows))
 
 
 @contextmanager
-def claimed(plan: RunPlan) -> Iterator[IO[str]]:
+def claimed(plan: RunPlan, own: bool) -> Iterator[IO[str]]:
     """
     Hold a run, so that no other process does it meanwhile.
 
     :param plan: the run
+    :param own: whether this package's version matters to its results
     :return: context with the run's own file, open for writing
-    :raises BusyError: if another process holds it
+    :raises BusyError: if another process holds it, or has finished it since it was planned
     """
     path = records.partial_path(plan.output, plan.key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +101,11 @@ def claimed(plan: RunPlan) -> Iterator[IO[str]]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError from None
-        if not path.exists():
-            raise BusyError  # another process finished the run between the opening and the locking
+            raise BusyError("another process is at it") from None
+        # Whoever finishes a run removes its file: what is locked here may be no longer there, or another one by now.
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise BusyError("another process was at it")
+        if _finished_meanwhile(plan, own):
+            path.unlink()
+            raise BusyError("another process has finished it")
         yield file

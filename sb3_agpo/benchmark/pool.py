@@ -97,7 +97,7 @@ class Pool:
         running.process.join()
         code = running.process.exitcode
         if code == EXIT_BUSY:
-            self._say(f"{title(running.plan)}: left out, another process is at it")
+            self._say(f"{title(running.plan)}: left out, {running.error}")
         elif code != 0:
             self.failed += 1
             self._say(f"{title(running.plan)}: FAILED, exit code {code}\n{running.error}".rstrip())

@@ -117,15 +117,15 @@ class RayPool:
         return self.failed
 
     def _claim(self, index: int, plan: RunPlan) -> None:
-        """Start a run, unless another process is at it."""
+        """Start a run, unless another process is at it or has finished it."""
+        spec = find_algorithm(plan.base, plan.n_envs, plan.overrides)
         claim = ExitStack()
         try:
-            file = claim.enter_context(claimed(plan))
-        except BusyError:
-            self._say(f"{title(plan)}: left out, another process is at it")
+            file = claim.enter_context(claimed(plan, spec.own))
+        except BusyError as error:
+            self._say(f"{title(plan)}: left out, {error}")
             self.bar.update(plan.key.budget)
             return
-        spec = find_algorithm(plan.base, plan.n_envs, plan.overrides)
         records.remember_settings(plan.output, plan.key.settings, spec.settings())
         recovery_of(plan).forget()  # of an earlier command, perhaps of other code: its runs start over
         self.runs[index] = RemoteRun(plan, file, claim)

@@ -29,7 +29,7 @@ FINAL_EPISODES = 10
 RANDOM_EPISODES = 20
 
 EXIT_FAILED = 1
-EXIT_BUSY = 75  # another process is at the same run (the value of os.EX_TEMPFAIL)
+EXIT_BUSY = 75  # another process is at the same run, or has finished it (the value of os.EX_TEMPFAIL)
 
 
 class Evaluator:
@@ -300,13 +300,14 @@ def child(plan: RunPlan, connection: Connection) -> None:
     Do a run in a process of its own; ends the process.
 
     :param plan: the run
-    :param connection: takes every row as a dictionary, and the traceback of a failure as a string
+    :param connection: takes every row as a dictionary, and as a string why a run is left out or the traceback of a failure
     """
     try:
         spec = prepare(plan)
-        with claimed(plan) as file:
+        with claimed(plan, spec.own) as file:
             execute(plan, spec, file, connection.send)
-    except BusyError:
+    except BusyError as error:
+        connection.send(str(error))
         raise SystemExit(EXIT_BUSY) from None
     except Exception:
         try:
