@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -44,6 +45,13 @@ def arguments(output: Path, *changes: str, algorithms: str = "random sac") -> li
         "learning", "--algorithms", *algorithms.split(), "--envs", TASK, "--seeds", "0", "--steps", "300",
         "--eval-every", "128", "--output", str(output), "--set", *TINY, *changes,
     ]  # fmt: skip
+
+
+def learning_options(_command: str, *line: str) -> argparse.Namespace:
+    """Options of the command as it reads them."""
+    parser = argparse.ArgumentParser()
+    learning.add_arguments(parser)
+    return parser.parse_args(line)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +129,12 @@ def test_other_settings_are_not_mixed(finished: Path, capsys: pytest.CaptureFixt
     assert finished.read_bytes() == before
     assert main([*changed, "--redo", "--dry-run"]) == 0
     assert f"to do: sac on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
+    # Only what was there when the run was planned will be replaced, and what has the same settings is compared alone.
+    options = learning_options(*changed, "--redo")
+    (plan,), _ = learning.select_missing(learning.plan_runs(options), redo=True)
+    assert plan.replaced == {plan.key._replace(settings=old)}
+    both = [*records.read_rows(finished), records.read_rows(finished)[1] | {"settings": plan.key.settings}]
+    assert differences(plan, False, both) == ""
     # Another label is another run.
     assert main([*arguments(finished, "--label", "slow-target", algorithms="sac"), "--dry-run"]) == 0
     assert f"to do: slow-target on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
@@ -138,16 +152,23 @@ def test_other_versions_are_not_mixed(finished: Path, capsys: pytest.CaptureFixt
 
 
 def test_merging_replaces_the_run(tmp_path: Path, finished: Path) -> None:
-    """A redone run takes the place of the old one, whatever that one's settings; other runs stay."""
+    """A redone run takes the place of the ones that it was planned to replace; other runs and settings stay."""
     rows = records.read_rows(finished)
     output = tmp_path / "learning.csv"
     output.write_text(records.to_csv(rows, header=True))
-    key = records.key_of(rows[1])._replace(settings="00000000")
-    records.merge_run(output, key, [rows[3] | {"settings": "00000000"}])
-    assert [(row["algorithm"], row["settings"]) for row in records.read_rows(output)] == [
-        ("random", rows[0]["settings"]),
-        ("sac", "00000000"),
-    ]
+    old = records.key_of(rows[1])
+    first, second = (old._replace(settings=settings) for settings in ("00000000", "11111111"))
+    for key, replaced in ((first, frozenset[RunKey]()), (second, frozenset({old}))):
+        records.merge_run(output, key, [rows[3] | {"settings": key.settings}], replaced)
+        assert [records.key_of(row) for row in records.read_rows(output)] == [
+            records.key_of(rows[0]),
+            *([old] * 3 if key == first else []),
+            first,
+            *([second] if key == second else []),
+        ]
+    # The same run again, whose rows are never there twice.
+    records.merge_run(output, second, [rows[3] | {"settings": second.settings}])
+    assert len(records.read_rows(output)) == 3
 
 
 def wait_for(condition: Any, seconds: float = 240) -> None:
@@ -228,12 +249,12 @@ def test_run_finished_elsewhere_is_left_out(tmp_path: Path, finished: Path) -> N
         assert file.name == str(records.partial_path(output, plan.key))
         records.merge_run(output, plan.key, rows)
         records.partial_path(output, plan.key).unlink()
-    for planned in (plan, replace(plan, redone=True)):
+    for planned in (plan, replace(plan, replaced=frozenset({plan.key}))):
         with pytest.raises(BusyError, match="another process has finished it"), claimed(planned, own=False):
             pass
         assert not records.partial_path(output, plan.key).exists()
     records.merge_run(output, plan.key, [row | {"torch": "1.0"} for row in rows])
-    with claimed(replace(plan, redone=True), own=False):
+    with claimed(replace(plan, replaced=frozenset({plan.key})), own=False):
         pass
 
 

@@ -14,7 +14,7 @@ import gymnasium as gym
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, find_algorithm, torch_module
-from sb3_agpo.benchmark.plan import RunPlan, differences, title
+from sb3_agpo.benchmark.plan import RunPlan, counterparts, differences, title
 from sb3_agpo.benchmark.pool import Pool
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
 from sb3_agpo.command_line import check_at_least
@@ -167,7 +167,8 @@ def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tup
     for plan, spec in runs:
         changed = differences(plan, spec.own, finished)
         if changed is None or (changed and redo):
-            missing.append(replace(plan, redone=any(records.key_of(row) == plan.key for row in finished)))
+            replaced = frozenset(records.key_of(row) for row in counterparts(plan.key, finished))
+            missing.append(replace(plan, replaced=replaced))
         elif changed:
             outdated += 1
             print(f"kept, not redone without --redo: {title(plan)} is finished, but {changed}", file=sys.stderr)

@@ -28,7 +28,7 @@ class RunPlan:
     :param overrides: constructor arguments to change
     :param models: folder to save models to; None: do not
     :param save_at: environment steps at which to save; empty: at the end
-    :param redone: whether the file of finished runs had it when it was planned
+    :param replaced: runs of the file of finished runs whose place it takes
     """
 
     key: RunKey
@@ -40,7 +40,7 @@ class RunPlan:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     models: Path | None = None
     save_at: tuple[int, ...] = ()
-    redone: bool = False
+    replaced: frozenset[RunKey] = frozenset()
 
 
 def title(plan: RunPlan) -> str:
@@ -53,6 +53,18 @@ def title(plan: RunPlan) -> str:
     return f"{plan.key.algorithm} on {plan.key.env}, seed {plan.key.seed}"
 
 
+def counterparts(key: RunKey, finished: list[records.Row]) -> list[records.Row]:
+    """
+    Find what a run is to be compared with.
+
+    :param key: the run
+    :param finished: rows of the file
+    :return: its own rows; if there are none, those of runs that differ from it in their settings alone
+    """
+    own = [row for row in finished if records.key_of(row) == key]
+    return own or [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
+
+
 def differences(plan: RunPlan, own: bool, finished: list[records.Row]) -> str | None:
     """
     Compare a run with those in the file.
@@ -62,12 +74,11 @@ def differences(plan: RunPlan, own: bool, finished: list[records.Row]) -> str | 
     :param finished: rows of the file
     :return: None if the run is not in the file; else what differs, empty if nothing does
     """
-    key = plan.key
-    same = [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
+    same = counterparts(plan.key, finished)
     if not same:
         return None
     columns = [column for column in records.VERSION_COLUMNS if own or column != "sb3_agpo"]
-    now = {**records.versions(), "settings": key.settings}
+    now = {**records.versions(), "settings": plan.key.settings}
     changed = []
     for column in [*columns, "settings"]:
         if then := sorted({row[column] for row in same} - {now[column]}):
@@ -82,7 +93,7 @@ class BusyError(RuntimeError):
 def _finished_meanwhile(plan: RunPlan, own: bool) -> bool:
     """Whether a run has come into the file of finished runs since it was planned."""
     rows = [row for row in records.read_rows(plan.output) if records.key_of(row) == plan.key]
-    return bool(rows) and not (plan.redone and differences(plan, own, rows))
+    return bool(rows) and not (plan.key in plan.replaced and differences(plan, own, rows))
 
 
 @contextmanager

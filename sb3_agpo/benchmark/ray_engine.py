@@ -169,7 +169,7 @@ class RayPool:
             self.failed += 1
             self._say(f"{title(run.plan)}: FAILED\n{''.join(traceback.format_exception_only(error))}".rstrip())
         else:
-            records.merge_run(run.plan.output, run.plan.key, rows)
+            records.merge_run(run.plan.output, run.plan.key, rows, run.plan.replaced)
             records.partial_path(run.plan.output, run.plan.key).unlink()
             recovery_of(run.plan).forget()
         run.claim.close()

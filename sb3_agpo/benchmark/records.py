@@ -278,23 +278,17 @@ def read_all(output: Path) -> list[Row]:
     return rows
 
 
-def merge_run(output: Path, key: RunKey, rows: list[Row]) -> None:
+def merge_run(output: Path, key: RunKey, rows: list[Row], replaced: frozenset[RunKey] = frozenset()) -> None:
     """
     Move a finished run into the CSV file of finished runs.
-
-    Rows of the same algorithm, environment, seed and budget are replaced, whatever their settings and versions: by now the
-    user has said that they are to be redone.
 
     :param output: the CSV file of finished runs
     :param key: the run
     :param rows: all its evaluations
+    :param replaced: runs whose place it takes, as the user has said that they are to be redone; all others stay
     """
-
-    def same_run(row: Row) -> bool:
-        return key_of(row)._replace(settings="") == key._replace(settings="")
-
     with locked(output):
-        kept = [row for row in read_rows(output) if not same_run(row)]
+        kept = [row for row in read_rows(output) if key_of(row) not in {key, *replaced}]
         replace_file(output, to_csv(kept + rows, header=True))
 
 

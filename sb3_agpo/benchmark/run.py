@@ -263,7 +263,7 @@ def execute(plan: RunPlan, spec: AlgorithmSpec, file: Any, notify: Callable[[rec
 
     records.remember_settings(plan.output, plan.key.settings, spec.settings())
     learn(plan, spec, record)
-    records.merge_run(plan.output, plan.key, rows)
+    records.merge_run(plan.output, plan.key, rows, plan.replaced)
     records.partial_path(plan.output, plan.key).unlink()
 
 
