@@ -298,14 +298,30 @@ def test_two_commands_share_the_runs(
 
 
 def test_cut_off_line_is_dropped(tmp_path: Path, finished: Path) -> None:
-    """A crash in the middle of a line costs that line only; a file of another kind is refused."""
-    text = finished.read_text()
+    """A crash in the middle of a line costs that line of an unfinished run only; a file of another kind is refused."""
+    text, rows = finished.read_text(), records.read_rows(finished)
     path = tmp_path / "cut.csv"
-    path.write_text(text[:-20])
-    assert records.read_rows(path) == records.read_rows(finished)[:-1]
+    path.write_text(text.rstrip("\n"))  # as some editors leave a file
+    assert records.read_rows(path) == rows
+    path.write_text(text[: text.rindex(",300,")])
+    assert records.read_rows(path, growing=True) == rows[:-1]
+    with pytest.raises(ValueError, match=r"cut.csv: line 5 has not as many entries as there are columns"):
+        records.read_rows(path)
     path.write_text("algorithm,env\nsac,Hopper-v5\n")
     with pytest.raises(ValueError, match=r"lacks the columns .*budget"):
         records.read_rows(path)
+
+
+def test_columns_of_ones_own_are_kept(tmp_path: Path, finished: Path) -> None:
+    """A run is added to a file in which somebody has made a column of notes, at its last line without an end too."""
+    head, *lines = finished.read_text().splitlines()
+    path = tmp_path / "learning.csv"
+    path.write_text("\n".join([f"{head},note", *(f"{line},seen" for line in lines)]))
+    rows = records.read_rows(path)
+    new = [records.read_rows(finished)[1] | {"seed": "7"}]
+    records.merge_run(path, records.key_of(new[0]), new)
+    assert records.read_rows(path) == [*rows, new[0] | {"note": ""}]
+    assert {row["note"] for row in rows} == {"seen"}
 
 
 @pytest.mark.parametrize(

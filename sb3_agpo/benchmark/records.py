@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,35 +140,41 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, growing: bool = False) -> list[Row]:
     """
     Read a CSV file of evaluations.
 
     :param path: the file
-    :return: its rows, none if there is no such file; a last line cut off by a crash is dropped
-    :raises ValueError: if a column is missing
+    :param growing: whether rows are added to it as they come, so that a crash can cut the last line off, which is dropped
+    :return: its rows, with columns that are not ours too; none if there is no such file
+    :raises ValueError: if a column is missing, or a row has not as many entries as there are columns
     """
     try:
         text = path.read_text()
     except FileNotFoundError:
         return []
-    complete = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(complete))
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1] if growing else text))
     if missing := set(COLUMNS) - set(reader.fieldnames or COLUMNS):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that 'learning' wrote")
-    return list(reader)
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: line {reader.line_num} has not as many entries as there are columns; complete it")
+        rows.append(row)
+    return rows
 
 
-def to_csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:
+def to_csv(rows: Iterable[Mapping[str, Any]], header: bool, more: Iterable[str] = ()) -> str:
     """
     Write rows as CSV.
 
     :param rows: evaluations, with all of ``COLUMNS``
     :param header: whether to begin with the column names
+    :param more: other columns, left empty in rows without them
     :return: the text
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *more], lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)
@@ -274,7 +281,7 @@ def read_all(output: Path) -> list[Row]:
     rows = read_rows(output)
     finished = {key_of(row) for row in rows}
     for path in sorted(partial_folder(output).glob("*.csv")):
-        rows += [row for row in read_rows(path) if key_of(row) not in finished]
+        rows += [row for row in read_rows(path, growing=True) if key_of(row) not in finished]
     return rows
 
 
@@ -289,7 +296,8 @@ def merge_run(output: Path, key: RunKey, rows: list[Row], replaced: frozenset[Ru
     """
     with locked(output):
         kept = [row for row in read_rows(output) if key_of(row) not in {key, *replaced}]
-        replace_file(output, to_csv(kept + rows, header=True))
+        more = [column for column in dict.fromkeys(chain(*kept)) if column not in COLUMNS]  # somebody's own
+        replace_file(output, to_csv(kept + rows, header=True, more=more))
 
 
 def settings_path(output: Path) -> Path:
