@@ -17,9 +17,8 @@ from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
 from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
-from sb3_agpo.benchmark.statistics import interquartile_mean, mean
 from sb3_agpo.benchmark.summary import MARKER, check_page, update_summary
-from sb3_agpo.benchmark.tables import NONE, estimate, highlighted, number, table
+from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, highlighted, number, table
 
 #: AGPO among the others: with and without gradient matching
 MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
@@ -83,13 +82,13 @@ def final_table(results: Results, algorithms: Sequence[str]) -> str:
     rows = []
     for task in results.tasks:
         finals = [results.final(algorithm, task) for algorithm in algorithms]
-        texts = [f"{estimate([final], mean)} ({len(final)})" if len(final) else NONE for final in finals]
+        texts = [f"{estimated_mean(final)} ({len(final)})" if len(final) else NONE for final in finals]
         title = f"{task}, {results.budgets[task] / 1000:g}k steps"
         rows.append([title, *highlighted(texts, finals), number(results.random.get(task, np.nan))])
     if results.scored_tasks:
         scores = [results.scores(algorithm) for algorithm in algorithms]
         n_tasks = len(results.scored_tasks)
-        rows.append(["IQM of scores", *(estimate(strata, interquartile_mean) for strata in scores), "0"])
+        rows.append(["IQM of scores", *(estimated_score(results.final_runs(algorithm)) for algorithm in algorithms), "0"])
         rows.append(["tasks, runs in the IQM", *(f"{len(s)}/{n_tasks}, {sum(map(len, s))}" for s in scores), NONE])
     return table(["Task", *labels(results, algorithms), "Random"], rows)
 
@@ -242,7 +241,9 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "# Learning benchmark\n\n",
         "Returns are undiscounted means of deterministic episodes in an environment of their own with the same initial states "
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
-        "within tasks; with two or three seeds, those of single tasks are too narrow. A normalised score is 0 at the random "
+        f"within tasks, for scores {baseline}'s runs too. With three seeds they are too narrow: in simulations with means and "
+        "deviations as in this benchmark, those of IQMs held the true value 87 to 89 times out of 100, those of single tasks' "
+        "means 85 times (61 with two seeds). A normalised score is 0 at the random "
         f"policy's return and 1 at {baseline}'s mean final return; IQM is the interquartile mean over runs and tasks. Times "
         f"are those of learning alone, evaluations left out{_reckoned(results)}.\n\n",
         names_in_file(results, algorithms),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row, RunKey, key_of, read_all, read_rows
-from sb3_agpo.benchmark.statistics import first_reached, mean
+from sb3_agpo.benchmark.statistics import ScoredRuns, first_reached, mean
 
 Array = NDArray[np.float64]
 
@@ -123,17 +123,27 @@ class Results:
             return None
         return self.random[task], float(mean(finals))
 
-    def normalized(self, task: str, returns: Array) -> Array:
+    def scored(self, algorithm: str, task: str, returns: Array) -> ScoredRuns:
         """
-        Turn returns into normalised scores.
+        Returns with what makes normalised scores of them.
 
+        :param algorithm: its name
         :param task: one of ``scored_tasks``
-        :param returns: any shape
-        :return: same shape
+        :param returns: of its runs, shape ``(n_runs, ...)``, the last ones of each run being the final ones
+        :return: the same with the returns of the baseline and of the random policy
         """
-        scale = self.scale(task)
-        assert scale is not None
-        return (returns - scale[0]) / (scale[1] - scale[0])
+        baseline = None if algorithm == self.baseline else self.final(self.baseline, task)
+        return ScoredRuns(returns, baseline, self.random[task])
+
+    def final_runs(self, algorithm: str) -> list[ScoredRuns]:
+        """
+        Final returns with what makes normalised scores of them.
+
+        :param algorithm: its name
+        :return: for each of ``scored_tasks`` that the algorithm has finished runs of
+        """
+        runs = [self.scored(algorithm, task, self.final(algorithm, task)) for task in self.scored_tasks]
+        return [of_task for of_task in runs if len(of_task.returns)]
 
     def scores(self, algorithm: str) -> list[Array]:
         """
@@ -142,8 +152,7 @@ class Results:
         :param algorithm: its name
         :return: for each of ``scored_tasks`` that the algorithm has finished runs of, the scores of its runs
         """
-        scores = [self.normalized(task, self.final(algorithm, task)) for task in self.scored_tasks]
-        return [task_scores for task_scores in scores if len(task_scores)]
+        return [of_task.scores() for of_task in self.final_runs(algorithm)]
 
     def complete(self, algorithm: str) -> bool:
         """
