@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
+from sb3_agpo.benchmark.reading import load
 from sb3_agpo.benchmark.report import stock_settings
-from sb3_agpo.benchmark.results import Reached, load
+from sb3_agpo.benchmark.results import Reached
 from sb3_agpo.benchmark.statistics import (
     ScoredRuns,
     bootstrap_interval,

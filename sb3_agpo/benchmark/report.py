@@ -15,8 +15,9 @@ from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.algorithms import VARIANTS, find_algorithm
 from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
+from sb3_agpo.benchmark.reading import load
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
-from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results, load
+from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results
 from sb3_agpo.benchmark.summary import MARKER, check_page, update_summary
 from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, highlighted, number, table
 

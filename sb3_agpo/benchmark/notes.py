@@ -1,0 +1,55 @@
+"""What a report of the learning benchmark says about its runs: what is missing, and what is not alike."""
+
+from __future__ import annotations
+
+from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS
+from sb3_agpo.benchmark.results import ORDER, Results
+
+
+def note_missing(results: Results) -> None:
+    """
+    Say what there are no results of.
+
+    :param results: gets notes
+    """
+    notes = results.notes
+    if results.baseline not in results.curves:
+        others = [f"`{name}`" for name in results.algorithms if name.startswith(f"{results.baseline} [")]
+        hint = f"; give one of {', '.join(others)}" if others else ""
+        notes.append(f"There are no runs of the baseline `{results.baseline}`, hence no normalised scores{hint}.")
+    else:
+        for task in results.tasks:
+            if task not in results.random:
+                notes.append(f"{task} has no normalised scores: the random policy was not run.")
+            elif not len(results.final(results.baseline, task)):
+                notes.append(f"{task} has no normalised scores: no run of `{results.baseline}` is finished.")
+            elif results.scale(task) is None:
+                notes.append(f"{task} has no normalised scores: `{results.baseline}` is no better than the random policy.")
+    for algorithm in results.algorithms:
+        missing = [task for task in results.tasks if not len(results.final(algorithm, task))]
+        if missing:
+            notes.append(f"`{algorithm}` has no finished runs on {', '.join(missing)}.")
+        if results.scored_tasks and not results.complete(algorithm):
+            notes.append(f"`{algorithm}`: its IQM is over fewer tasks than others'; left out of the figures over all tasks.")
+    if absent := [name for name in ORDER if name not in results.curves]:
+        notes.append(f"No runs of {', '.join(f'`{name}`' for name in absent)}.")
+    if absent := [task for task in BUDGETS if task not in results.budgets]:
+        notes.append(f"No runs on {', '.join(absent)}.")
+
+
+def note_mixtures(results: Results) -> None:
+    """
+    Say where runs were made under different circumstances.
+
+    :param results: gets notes
+    """
+    for column in (*VERSION_COLUMNS, "machine", "threads"):
+        # The package's version says nothing about algorithms that are not its own.
+        own_only = column == "sb3_agpo"
+        found = {row[column] for row in results.rows if not own_only or row["algorithm"].startswith("agpo")}
+        if len(found) > 1:
+            of_time = column in ("machine", "threads")
+            if of_time and results.costs:
+                continue
+            consequence = " times are not comparable" if of_time else " returns may differ for it"
+            results.notes.append(f"Runs differ in `{column}` ({', '.join(sorted(found))}):{consequence}.")
