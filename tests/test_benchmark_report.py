@@ -340,6 +340,53 @@ def test_ablation(two_tasks: Path, tmp_path: Path) -> None:
     assert "`agpo-q-nomatch`: its IQM is over fewer tasks than others'" in ablation
 
 
+@pytest.mark.parametrize("others", [["agpo-q"], ["agpo-adaptive"], ["ppo"], ["ppo", "agpo-adaptive"]])
+def test_baseline_is_always_shown(two_tasks: Path, tmp_path: Path, others: list[str]) -> None:
+    """Also one of the ablation, whatever else is asked for."""
+    rows = records.read_rows(two_tasks)
+    more = [
+        run(name, env, 0, returns)
+        for name in ("agpo-analytic-windows", "agpo-q", "ppo")
+        for env, returns in ((HOPPER, [1, 2, 3]), (CHEETAH, [1, 2]))
+    ]
+    path = write_csv(tmp_path / "more.csv", rows, *more)  # type: ignore[arg-type]
+    page = tmp_path / "README.md"
+    page.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n")
+    options = ["--baseline", "agpo-analytic-windows", "--algorithms", *others, "--page", str(page)]
+    assert main(["report", "--input", str(path), "--output", str(tmp_path), *options]) == 0
+    label = "AGPO, analytic, windows alone"
+    text = (tmp_path / "report.md").read_text()
+    heads = [line for line in text.partition("## Learning curves")[0].splitlines() if line.startswith("| Task |")]
+    assert len(heads) == 5 and all(label in head and head.count("|") == 3 + len(others) for head in heads[1:])
+    assert f"| {label}" in page.read_text()
+    assert "No runs of `" not in text
+
+
+def test_names_are_those_of_the_file(two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What there are no runs of is an error that says what there is; what was not asked for is not missing."""
+    path = write_csv(
+        tmp_path / "two.csv",
+        records.read_rows(two_tasks),  # type: ignore[arg-type]
+        *(run("mine", HOPPER, seed, [1, 2, 3], settings=settings) for seed, settings in enumerate("ab")),
+    )
+    for options, message in (
+        (
+            ["--baseline", "xyz"],
+            f"--baseline: {path} has no runs of `xyz`; choose from agpo-adaptive, mine [a], mine [b], sac",
+        ),
+        (["--baseline", "random"], f"--baseline: {path} has no runs of `random`; choose from"),
+        (["--baseline", "mine"], "several settings of `mine`; give one of 'mine [a]', 'mine [b]'"),
+        (["--algorithms", "sac", "xyz"], f"--algorithms: {path} has no runs of `xyz`; choose from"),
+    ):
+        assert main(["report", "--input", str(path), "--output", str(tmp_path / "report"), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+    notes = load(path, algorithms=["mine", "random"]).notes
+    assert not [note for note in notes if note.startswith("No runs of ")]
+    assert "No runs on Walker2d-v5, Ant-v5" in " ".join(notes) and "on HalfCheetah" not in notes[-1]
+    assert "`mine`" not in next(note for note in load(path).notes if note.startswith("No runs of "))
+
+
 @pytest.mark.parametrize(
     ("rows", "note"),
     [

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS
+from collections.abc import Mapping, Sequence
+
+from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row, RunKey
 from sb3_agpo.benchmark.results import ORDER, Results
 
 
-def note_missing(results: Results) -> None:
+def note_missing(results: Results, runs: Mapping[RunKey, Sequence[Row]], everything: bool) -> None:
     """
     Say what there are no results of.
 
     :param results: gets notes
+    :param runs: all runs of the file
+    :param everything: whether all algorithms are asked for
     """
     notes = results.notes
     if results.baseline not in results.curves:
@@ -31,9 +35,10 @@ def note_missing(results: Results) -> None:
             notes.append(f"`{algorithm}` has no finished runs on {', '.join(missing)}.")
         if results.scored_tasks and not results.complete(algorithm):
             notes.append(f"`{algorithm}`: its IQM is over fewer tasks than others'; left out of the figures over all tasks.")
-    if absent := [name for name in ORDER if name not in results.curves]:
+    there = {run[0]["algorithm"] for run in runs.values()}
+    if everything and (absent := [name for name in ORDER if name not in there]):
         notes.append(f"No runs of {', '.join(f'`{name}`' for name in absent)}.")
-    if absent := [task for task in BUDGETS if task not in results.budgets]:
+    if absent := [task for task in BUDGETS if task not in {key.env for key in runs}]:
         notes.append(f"No runs on {', '.join(absent)}.")
 
 

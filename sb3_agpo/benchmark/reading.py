@@ -11,12 +11,12 @@ import numpy as np
 from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
 from sb3_agpo.benchmark.notes import note_missing, note_mixtures
 from sb3_agpo.benchmark.records import Row, RunKey, key_of, read_all, read_rows
-from sb3_agpo.benchmark.results import RANDOM, Curve, Results
+from sb3_agpo.benchmark.results import BASELINE, RANDOM, Curve, Results
 
 
 def load(
     path: Path,
-    baseline: str = "sac",
+    baseline: str = BASELINE,
     algorithms: Sequence[str] | None = None,
     live: bool = False,
     steps: int | None = None,
@@ -32,15 +32,17 @@ def load(
     :param steps: environment steps to compare at, where budgets are larger; None: the budgets
     :param costs: CSV file of short runs to reckon times from; None: times are those of the runs
     :return: the results
-    :raises ValueError: if there is nothing in it, ``steps`` lies between two evaluations, or ``costs`` lacks a run
+    :raises ValueError: if there is nothing in it, nothing of a name that is asked for, ``steps`` lies between two evaluations,
+        or ``costs`` lacks a run
     """
     rows = read_all(path) if live else read_rows(path)
     if not rows:
         raise ValueError(f"{path} has no evaluations; run 'python -m sb3_agpo.benchmark learning --output {path}' first")
     results = Results(baseline, costs=costs)
-    runs = _group(rows, results)
+    in_file = _group(rows, results)
+    _check_names(path, baseline, algorithms or (), in_file)
     wanted = None if algorithms is None else {baseline, *algorithms}
-    runs = {key: run for key, run in runs.items() if wanted is None or wanted & {key.algorithm, run[0]["algorithm"]}}
+    runs = {key: run for key, run in in_file.items() if wanted is None or wanted & {key.algorithm, run[0]["algorithm"]}}
     if steps is not None:
         _check_steps(steps, runs)
     _find_budgets(runs, results, steps)
@@ -50,9 +52,30 @@ def load(
         results.rows += run
     if costs is not None:
         _reckon_times(results, costs)
-    note_missing(results)
+    note_missing(results, in_file, everything=algorithms is None)
     note_mixtures(results)
     return results
+
+
+def _check_names(path: Path, baseline: str, algorithms: Sequence[str], runs: dict[RunKey, list[Row]]) -> None:
+    """
+    Check the names on the command line.
+
+    A file without runs of the default baseline can be reported, without scores.
+
+    :param path: the file
+    :param baseline: ``--baseline``
+    :param algorithms: ``--algorithms``
+    :param runs: all runs of the file
+    :raises ValueError: if the file has no runs of one of them, or if runs of several settings can be the baseline
+    """
+    shown, names = {key.algorithm for key in runs}, {run[0]["algorithm"] for run in runs.values()}
+    for option, name in [("--baseline", baseline), *(("--algorithms", name) for name in algorithms)]:
+        if name not in {*shown, *names, BASELINE if option == "--baseline" else RANDOM}:
+            raise ValueError(f"{option}: {path} has no runs of `{name}`; choose from {', '.join(sorted(shown))}")
+    if baseline not in {*shown, BASELINE}:
+        several = ", ".join(f"'{name}'" for name in sorted(shown) if name.startswith(f"{baseline} ["))
+        raise ValueError(f"--baseline: {path} has runs of several settings of `{baseline}`; give one of {several}")
 
 
 def _check_steps(steps: int, runs: dict[RunKey, list[Row]]) -> None:

@@ -17,7 +17,7 @@ from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.reading import load
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
-from sb3_agpo.benchmark.results import ABLATIONS, ORDER, RANDOM, Results
+from sb3_agpo.benchmark.results import ABLATIONS, BASELINE, ORDER, RANDOM, Results
 from sb3_agpo.benchmark.summary import MARKER, check_page, update_summary
 from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, highlighted, number, table
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Path("docs/benchmarks")
     add("--input", type=Path, default=default / "learning.csv", help="CSV file that 'learning' wrote (default: %(default)s)")
     add("--output", type=Path, default=default, help="folder for report.md and the figures (default: %(default)s)")
-    add("--baseline", default="sac", help="algorithm with a normalised score of 1 (default: %(default)s)")
+    add("--baseline", default=BASELINE, help="algorithm with a normalised score of 1 (default: %(default)s)")
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
     add(
         "--time",
@@ -216,12 +216,15 @@ def write_figures(results: Results, algorithms: Sequence[str], folder: Path, tim
 
 def main_algorithms(results: Results) -> list[str]:
     """
-    The algorithms to be compared with each other: all but those of the ablation, if there are others.
+    The algorithms to be compared with each other: all but those of the ablation, if there are others, and the baseline.
 
     :param results: the runs
     :return: their names
     """
-    return [name for name in results.algorithms if name not in ABLATIONS or name in MAIN_VARIANTS] or results.algorithms
+    shown = {name for name in results.algorithms if name not in ABLATIONS or name in MAIN_VARIANTS}
+    if not shown - {results.baseline}:
+        return results.algorithms
+    return [name for name in results.algorithms if name in {*shown, results.baseline}]
 
 
 def write(results: Results, folder: Path, time: str, command: str) -> Path:
@@ -287,7 +290,7 @@ def main(options: argparse.Namespace) -> int:
     if not results.curves:
         raise ValueError(f"{options.input} has no runs to report with these options; see 'learning' to make some")
     command = ["python", "-m", "sb3_agpo.benchmark", "report", "--input", str(options.input), "--output", str(options.output)]
-    command += ["--baseline", options.baseline] if options.baseline != "sac" else []
+    command += ["--baseline", options.baseline] if options.baseline != BASELINE else []
     command += ["--algorithms", *options.algorithms] if options.algorithms else []
     command += ["--time", options.time] if options.time != "seconds" else []
     command += ["--costs", str(options.costs)] if options.costs else []
@@ -298,7 +301,7 @@ def main(options: argparse.Namespace) -> int:
         check_page(options.page)
     path = write(results, options.output, options.time, shlex.join(command))
     if options.page:
-        shown = [name for name in main_algorithms(results) if name not in VARIANTS]
+        shown = [name for name in main_algorithms(results) if name not in VARIANTS or name == results.baseline]
         complete = [name for name in shown if results.complete(name)]
         update_summary(options.page, results, complete or shown, options.time)
     for note in results.notes:

@@ -15,6 +15,7 @@ from sb3_agpo.benchmark.statistics import ScoredRuns, first_reached, mean
 Array = NDArray[np.float64]
 
 RANDOM = "random"
+BASELINE = "sac"  # unless another one is asked for
 VARIANTS = ("", "-nomatch", "-windows")
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
