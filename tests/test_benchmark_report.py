@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -419,6 +420,29 @@ def test_partial_data(tmp_path: Path, rows: list[Any], note: str) -> None:
     path = write_csv(tmp_path / "learning.csv", *rows)
     assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
     assert note in (tmp_path / "report.md").read_text()
+
+
+def test_code_is_not_mixed_silently(tmp_path: Path) -> None:
+    """Runs of this package's own algorithms say which commits they are of; their settings tell, whatever their label."""
+    commits = [{"settings": settings, "git_commit": f"{settings}{i}"} for settings in ("mine", "other") for i in (0, 1)]
+    versions = [{"sb3_agpo": "1.0"}, {"sb3_agpo": "2.0"}]
+    path = write_csv(
+        tmp_path / "learning.csv",
+        *(run("sac", HOPPER, seed, [1, 2], git_commit=f"sac{seed}", **versions[seed]) for seed in (0, 1)),
+        *(run("faster", HOPPER, i, [1, 2], **commits[i], **versions[i]) for i in (0, 1)),
+        *(run("agpo-q", HOPPER, i, [1, 2], git_commit=f"q{i}", **versions[0]) for i in (0, 1)),
+        *(run("agpo-mine", HOPPER, i, [1, 2], **commits[2 + i]) for i in (0, 1)),
+    )
+    settings = {"mine": "sb3_agpo.agpo.agpo.AGPO", "other": "stable_baselines3.sac.sac.SAC"}
+    records.settings_path(path).write_text(json.dumps({name: {"algorithm": value} for name, value in settings.items()}))
+    notes = load(path).notes
+    assert [note for note in notes if "commits" in note] == [
+        "Runs of `agpo-q` are of several commits of this package (q0, q1), whose code may differ.",
+        "Runs of `faster` are of several commits of this package (mine0, mine1), whose code may differ.",
+    ]
+    assert "Runs differ in `sb3_agpo` (1.0, 2.0): returns may differ for it." in notes
+    notes = load(path, algorithms=["agpo-q", "agpo-mine"]).notes
+    assert not [note for note in notes if "`sb3_agpo`" in note]
 
 
 def test_settings_are_not_mixed(tmp_path: Path) -> None:

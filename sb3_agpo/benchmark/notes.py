@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 
 from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row, RunKey
 from sb3_agpo.benchmark.results import ORDER, Results
@@ -42,19 +43,29 @@ def note_missing(results: Results, runs: Mapping[RunKey, Sequence[Row]], everyth
         notes.append(f"No runs on {', '.join(absent)}.")
 
 
-def note_mixtures(results: Results) -> None:
+def note_mixtures(results: Results, own: Collection[str]) -> None:
     """
     Say where runs were made under different circumstances.
 
     :param results: gets notes
+    :param own: settings of algorithms that are this package's code
     """
+    of_own = [row for row in results.rows if row["settings"] in own]
     for column in (*VERSION_COLUMNS, "machine", "threads"):
+        of_time = column in ("machine", "threads")
+        if of_time and results.costs:
+            continue
         # The package's version says nothing about algorithms that are not its own.
-        own_only = column == "sb3_agpo"
-        found = {row[column] for row in results.rows if not own_only or row["algorithm"].startswith("agpo")}
+        found = {row[column] for row in (of_own if column == "sb3_agpo" else results.rows)}
         if len(found) > 1:
-            of_time = column in ("machine", "threads")
-            if of_time and results.costs:
-                continue
             consequence = " times are not comparable" if of_time else " returns may differ for it"
             results.notes.append(f"Runs differ in `{column}` ({', '.join(sorted(found))}):{consequence}.")
+    commits = defaultdict(set)
+    for row in of_own:
+        commits[row["algorithm"], row["settings"]].add(row["git_commit"])
+    for (algorithm, _), found in sorted(commits.items()):
+        if len(found) > 1:
+            results.notes.append(
+                f"Runs of `{algorithm}` are of several commits of this package ({', '.join(sorted(found))}), "
+                "whose code may differ."
+            )

@@ -10,7 +10,7 @@ import numpy as np
 
 from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
 from sb3_agpo.benchmark.notes import note_missing, note_mixtures
-from sb3_agpo.benchmark.records import Row, RunKey, key_of, read_all, read_rows
+from sb3_agpo.benchmark.records import Row, RunKey, key_of, own_settings, read_all, read_rows
 from sb3_agpo.benchmark.results import BASELINE, RANDOM, Curve, Results
 
 
@@ -53,7 +53,7 @@ def load(
     if costs is not None:
         _reckon_times(results, costs)
     note_missing(results, in_file, everything=algorithms is None)
-    note_mixtures(results)
+    note_mixtures(results, own_settings(path, results.rows))
     return results
 
 

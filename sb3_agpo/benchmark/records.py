@@ -310,6 +310,24 @@ def settings_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}_settings.json")
 
 
+def own_settings(output: Path, rows: Iterable[Row]) -> set[str]:
+    """
+    Find the settings of algorithms that are this package's code.
+
+    :param output: the CSV file of finished runs
+    :param rows: evaluations
+    :return: hashes; where their meaning is not kept, names that begin with ``agpo`` decide
+    """
+    path = settings_path(output)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    own = set()
+    for row in rows:
+        settings = known.get(row["settings"])
+        if row["algorithm"].startswith("agpo") if settings is None else settings["algorithm"].startswith("sb3_agpo."):
+            own.add(row["settings"])
+    return own
+
+
 def remember_settings(output: Path, settings_hash: str, settings: Mapping[str, Any]) -> None:
     """
     Note what a hash in the ``settings`` column stands for.
