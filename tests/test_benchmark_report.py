@@ -506,6 +506,53 @@ def test_unfinished_runs_are_live_only(tmp_path: Path) -> None:
     assert results.final("sac", HOPPER).tolist() == [3]
 
 
+def test_stale_partial_runs_do_not_disturb(tmp_path: Path) -> None:
+    """An aborted run of other settings than the finished ones has no part in anything."""
+    path = write_csv(tmp_path / "learning.csv", random_row(HOPPER, 0), run("sac", HOPPER, 0, [1, 2, 3]))
+    records.partial_folder(path).mkdir()
+    for seed, name, settings in ((7, "sac", "old"), (8, "sac", stock_settings("sac")), (0, "tqc", "any")):
+        partial = run(name, HOPPER, seed, [4, 5, 6], settings=settings)[:1]
+        key = records.key_of({name: str(value) for name, value in partial[0].items()})
+        write_csv(records.partial_path(path, key), partial)
+    results = load(path, live=True)
+    assert sorted(results.curves) == ["sac", "tqc"] and results.scored_tasks == [HOPPER]
+    assert [curve.seed for curve in results.curves["sac"][HOPPER]] == [0, 8]
+    assert "Unfinished runs of `sac` with other settings (old) than finished ones are left out." in results.notes
+
+
+@pytest.mark.parametrize(("random", "counted"), [(True, "counted as random actions"), (False, "left out")])
+def test_returns_that_are_not_finite(tmp_path: Path, random: bool, counted: str) -> None:
+    """A run whose policy broke is named, and is worth as much as random actions."""
+    path = write_csv(
+        tmp_path / "learning.csv",
+        *([random_row(HOPPER, -10)] if random else []),
+        run("sac", HOPPER, 0, [10, 90]),
+        run("tqc", HOPPER, 0, [10, 190]),
+        run("tqc", HOPPER, 1, [10, float("nan")]),
+    )
+    results = load(path)
+    assert results.final("tqc", HOPPER).tolist() == ([190, -10] if random else [190])
+    assert [scores.tolist() for scores in results.scores("tqc")] == ([[2, 0]] if random else [])
+    assert f"`tqc` on Hopper-v5, seed 1: 1 of 2 returns are not finite, {counted}." in results.notes
+    assert results.reach("tqc", HOPPER) == (Reached(10000, 30000, 10, 20) if random else None)
+    assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
+
+
+def test_costs_are_not_mixed_silently(two_tasks: Path, tmp_path: Path) -> None:
+    """Times are comparable only if the short runs were made alike."""
+    runs = [
+        run(name, env, 0, [0, 0], threads=threads, machine=machine)
+        for name, threads, machine in (("sac", 1, "Abacus"), ("agpo-adaptive", 8, "Other"), ("tqc", 4, "Third"))
+        for env in (HOPPER, CHEETAH)
+    ]
+    costs = write_csv(tmp_path / "costs.csv", *runs)
+    notes = [note for note in load(two_tasks, costs=costs).notes if "costs.csv" in note]
+    assert notes == [
+        f"Short runs in {costs} differ in `machine` (Abacus, Other): times are not comparable.",
+        f"Short runs in {costs} differ in `threads` (1, 8): times are not comparable.",
+    ]
+
+
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without rows there is a message instead of an empty report."""
     assert main(["report", "--input", str(tmp_path / "no.csv"), "--output", str(tmp_path)]) == 2

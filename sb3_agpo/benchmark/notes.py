@@ -43,6 +43,21 @@ def note_missing(results: Results, runs: Mapping[RunKey, Sequence[Row]], everyth
         notes.append(f"No runs on {', '.join(absent)}.")
 
 
+def note_costs(results: Results, costs: Sequence[Row]) -> None:
+    """
+    Say where the short runs that times are reckoned from were made under different circumstances.
+
+    :param results: gets notes
+    :param costs: rows of those runs
+    """
+    used = {(row["settings"], row["env"]) for row in results.rows}
+    for column in (*VERSION_COLUMNS, "machine", "threads"):
+        found = {row[column] for row in costs if (row["settings"], row["env"]) in used}
+        if len(found) > 1:
+            names = ", ".join(sorted(found))
+            results.notes.append(f"Short runs in {results.costs} differ in `{column}` ({names}): times are not comparable.")
+
+
 def note_mixtures(results: Results, own: Collection[str]) -> None:
     """
     Say where runs were made under different circumstances.

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
-from sb3_agpo.benchmark.notes import note_missing, note_mixtures
-from sb3_agpo.benchmark.records import Row, RunKey, key_of, own_settings, read_all, read_rows
+from sb3_agpo.benchmark.notes import note_costs, note_missing, note_mixtures
+from sb3_agpo.benchmark.records import Row, RunKey, key_of, own_settings, read_rows, read_unfinished
 from sb3_agpo.benchmark.results import BASELINE, RANDOM, Curve, Results
 
 
@@ -35,10 +35,11 @@ def load(
     :raises ValueError: if there is nothing in it, nothing of a name that is asked for, ``steps`` lies between two evaluations,
         or ``costs`` lacks a run
     """
-    rows = read_all(path) if live else read_rows(path)
+    results = Results(baseline, costs=costs)
+    rows = read_rows(path)
+    rows += _unfinished(path, rows, results) if live else []
     if not rows:
         raise ValueError(f"{path} has no evaluations; run 'python -m sb3_agpo.benchmark learning --output {path}' first")
-    results = Results(baseline, costs=costs)
     in_file = _group(rows, results)
     _check_names(path, baseline, algorithms or (), in_file)
     wanted = None if algorithms is None else {baseline, *algorithms}
@@ -50,11 +51,38 @@ def load(
         curve = _curve(key, run, results.budgets[key.env])
         results.curves.setdefault(key.algorithm, {}).setdefault(key.env, []).append(curve)
         results.rows += run
+    _replace_what_is_not_finite(results)
     if costs is not None:
         _reckon_times(results, costs)
+        note_costs(results, read_rows(costs))
     note_missing(results, in_file, everything=algorithms is None)
     note_mixtures(results, own_settings(path, results.rows))
     return results
+
+
+def _unfinished(path: Path, finished: list[Row], results: Results) -> list[Row]:
+    """
+    Read unfinished runs, but for those of settings that no finished run of their algorithm has: perhaps given up long ago.
+
+    :param path: the file of finished runs
+    :param finished: its rows
+    :param results: gets notes
+    :return: rows
+    """
+    settings = defaultdict(set)
+    for row in finished:
+        settings[row["algorithm"]].add(row["settings"])
+    rows, left_out = [], set()
+    for row in read_unfinished(path, finished):
+        if row["settings"] in settings.get(row["algorithm"], {row["settings"]}):
+            rows.append(row)
+        else:
+            left_out.add((row["algorithm"], row["settings"]))
+    for algorithm, other in sorted(left_out):
+        results.notes.append(
+            f"Unfinished runs of `{algorithm}` with other settings ({other}) than finished ones are left out."
+        )
+    return rows
 
 
 def _check_names(path: Path, baseline: str, algorithms: Sequence[str], runs: dict[RunKey, list[Row]]) -> None:
@@ -107,7 +135,8 @@ def _group(rows: list[Row], results: Results) -> dict[RunKey, list[Row]]:
     for row in rows:
         key = key_of(row)
         if key.algorithm == RANDOM:
-            results.random[key.env] = float(row["return"])
+            if np.isfinite(float(row["return"])):
+                results.random[key.env] = float(row["return"])
             results.rows.append(row)
             continue
         if len(settings[key.algorithm]) > 1:
@@ -175,6 +204,22 @@ def _curve(key: RunKey, run: list[Row], budget: int) -> Curve:
     return Curve(key.seed, key.settings, nominal[keep], quantities)
 
 
+def _replace_what_is_not_finite(results: Results) -> None:
+    """
+    Give the random policy's return to policies that are broken, so that such a run counts and does not vanish.
+
+    :param results: the runs; gets other returns, and notes
+    """
+    for name, task, curve in results.all_curves():
+        returns = curve.quantities["return"]
+        if count := int(np.sum(~np.isfinite(returns))):
+            counted = "counted as random actions" if task in results.random else "left out"
+            results.notes.append(
+                f"`{name}` on {task}, seed {curve.seed}: {count} of {len(returns)} returns are not finite, {counted}."
+            )
+            curve.quantities["return"] = np.where(np.isfinite(returns), returns, results.random.get(task, np.nan))
+
+
 def _reckon_times(results: Results, costs: Path) -> None:
     """
     Replace the times of runs, which may be of different machines and days, by steps times the cost of a step.
@@ -184,10 +229,7 @@ def _reckon_times(results: Results, costs: Path) -> None:
     :raises ValueError: if an algorithm has no run there on one of its tasks
     """
     known = costs_of_steps(costs)
-    curves = (
-        (name, task, curve) for name, tasks in results.curves.items() for task, of_task in tasks.items() for curve in of_task
-    )
-    for name, task, curve in curves:
+    for name, task, curve in results.all_curves():
         if (curve.settings, task) not in known:
             raise ValueError(f"{costs} has no run of `{name}` ({curve.settings}) on {task}; see 'learning'")
         curve.quantities.update({column: curve.steps * cost for column, cost in known[curve.settings, task].items()})

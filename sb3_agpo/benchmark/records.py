@@ -279,10 +279,20 @@ def read_all(output: Path) -> list[Row]:
     :return: its rows, then those of unfinished runs that it does not hold
     """
     rows = read_rows(output)
-    finished = {key_of(row) for row in rows}
-    for path in sorted(partial_folder(output).glob("*.csv")):
-        rows += [row for row in read_rows(path, growing=True) if key_of(row) not in finished]
-    return rows
+    return rows + read_unfinished(output, rows)
+
+
+def read_unfinished(output: Path, finished: list[Row]) -> list[Row]:
+    """
+    Read unfinished runs.
+
+    :param output: the CSV file of finished runs
+    :param finished: its rows
+    :return: rows of runs that it does not hold
+    """
+    keys = {key_of(row) for row in finished}
+    unfinished = [row for path in sorted(partial_folder(output).glob("*.csv")) for row in read_rows(path, growing=True)]
+    return [row for row in unfinished if key_of(row) not in keys]
 
 
 def merge_run(output: Path, key: RunKey, rows: list[Row], replaced: frozenset[RunKey] = frozenset()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +87,16 @@ class Results:
     def algorithms(self) -> list[str]:
         """All algorithms, in the order of display."""
         return sorted(self.curves, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+    def all_curves(self) -> Iterator[tuple[str, str, Curve]]:
+        """
+        Go through all runs.
+
+        :return: algorithm, task and curve of each
+        """
+        for algorithm, tasks in self.curves.items():
+            for task, curves in tasks.items():
+                yield from ((algorithm, task, curve) for curve in curves)
 
     @property
     def tasks(self) -> list[str]:
