@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.__main__ import main
@@ -83,6 +84,31 @@ def test_interrupted_run_equals_one_that_was_not(name: str, tmp_path: Path) -> N
     assert seconds == sorted(seconds)
     recovery.forget()
     assert not list(tmp_path.iterdir())
+
+
+def test_run_interrupted_after_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation at the end is made again and is there once, with the time that it took, and the model is saved again."""
+    spec = find_algorithm("agpo-adaptive", overrides=SETTINGS)
+    key = RunKey("agpo-adaptive", TASK, 3, spec.settings_hash(), 300)
+    plan = RunPlan(key, "agpo-adaptive", Path("unused.csv"), 150, overrides=SETTINGS, models=tmp_path / "models")
+    recovery = Recovery(tmp_path / "recovery")
+
+    def cut(*_: Any) -> None:
+        raise PowerCut
+
+    first: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(DummyVecEnv, "close", cut)
+        with pytest.raises(PowerCut):
+            learn(plan, spec, first.append, recovery)
+    assert [numbers["steps"] for numbers in first] == [150, 300]
+    (model,) = (tmp_path / "models").iterdir()
+    model.unlink()
+    again: list[dict[str, Any]] = []
+    learn(plan, spec, again.append, recovery)
+    assert [(numbers["steps"], numbers["return"]) for numbers in again] == [(n["steps"], n["return"]) for n in first]
+    assert again[-1]["seconds"] >= first[-1]["seconds"]
+    assert list((tmp_path / "models").iterdir()) == [model]
 
 
 def test_useless_checkpoint_is_started_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ class EvaluationCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # What a run that goes on from a checkpoint has behind it, it does not do again
         self.next_evaluation = (self.num_timesteps // self.plan.eval_every + 1) * self.plan.eval_every
-        self.to_save = [step for step in self.to_save if step > self.num_timesteps]
+        self.to_save = [step for step in self.to_save if step > self.num_timesteps or step == self.plan.key.budget]
         self.clock.start()
 
     def _on_step(self) -> bool:
@@ -201,7 +201,7 @@ def learn(
         model = spec.algorithm(env=env, seed=plan.key.seed, **spec.kwargs)
     clock = LearningClock(env)
     if recovery is not None:
-        clock = LearningClock(env, recovery.replay(model.num_timesteps, record))
+        clock = LearningClock(env, recovery.replay(model.num_timesteps, plan.key.budget, record))
         record = recovery.recorder(record)
     callbacks: list[BaseCallback] = [EvaluationCallback(plan, record, clock)]
     if recovery is not None and spec.own:
