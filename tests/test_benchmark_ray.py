@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,47 @@ def test_useless_checkpoint_is_started_over(tmp_path: Path, capsys: pytest.Captu
 
 
 # ---------------------------------------------------------------------- Ray
+
+
+class News:
+    """Takes the place of Ray's queue, and fails after a number of evaluations."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.heard, self.fail_after = 0, fail_after
+
+    def put(self, _: Any) -> None:
+        """Take news."""
+        if self.heard == self.fail_after:
+            raise PowerCut
+        self.heard += 1
+
+
+def test_attempts_go_on_within_a_command_only(tmp_path: Path) -> None:
+    """A worker that shares no folder with the command goes on from its own checkpoint, once, and leaves nothing behind."""
+    pytest.importorskip("ray")
+    from sb3_agpo.benchmark.ray_engine import forget_other_commands, recovery_of, remote_run
+
+    spec = find_algorithm("agpo-adaptive", overrides=SETTINGS)
+    key = RunKey("agpo-adaptive", TASK, 3, spec.settings_hash(), 450)
+    plan = RunPlan(key, "agpo-adaptive", tmp_path / "learning.csv", 150, overrides=SETTINGS, command="first")
+    with pytest.raises(PowerCut):
+        remote_run(0, 0, plan, News(fail_after=1))  # type: ignore[arg-type]
+    begun = [json.loads(line) for line in recovery_of(plan).evaluations.read_text().splitlines()]
+    assert [numbers["steps"] for numbers in begun] == [150, 300]
+    other = replace(plan, command="second")
+    started_over = remote_run(0, 0, other, News())  # type: ignore[arg-type]
+    assert float(started_over[0]["seconds"]) != begun[0]["seconds"]
+    assert not recovery_of(other).folder.exists() and recovery_of(plan).folder.exists()
+    went_on = remote_run(0, 1, plan, News())  # type: ignore[arg-type]
+    assert float(went_on[0]["seconds"]) == begun[0]["seconds"]
+    assert without_timing(went_on) == without_timing(started_over)
+    folder = records.partial_folder(plan.output)
+    assert not list(folder.iterdir())
+    longer = replace(plan, key=key._replace(budget=4500))
+    for left in (other, longer):
+        recovery_of(left).checkpoints.mkdir(parents=True)
+    forget_other_commands(plan)
+    assert list(folder.iterdir()) == [recovery_of(longer).folder]
 
 
 def command(output: Path, *changes: str) -> list[str]:

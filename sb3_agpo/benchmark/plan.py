@@ -28,6 +28,7 @@ class RunPlan:
     :param overrides: constructor arguments to change
     :param models: folder to save models to; None: do not
     :param save_at: environment steps at which to save; empty: at the end
+    :param command: identifies the command that does it, on every machine; empty where no other machine takes part
     :param replaced: runs of the file of finished runs whose place it takes
     """
 
@@ -40,6 +41,7 @@ class RunPlan:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     models: Path | None = None
     save_at: tuple[int, ...] = ()
+    command: str = ""
     replaced: frozenset[RunKey] = frozenset()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,12 +30,24 @@ POLL = 0.2  # seconds between two looks at the cluster
 
 def recovery_of(plan: RunPlan) -> Recovery:
     """
-    Where a run keeps what another attempt goes on from.
+    Where a run keeps what another attempt of the same command goes on from.
+
+    Another command may be of other code or versions, so its runs start over.
 
     :param plan: the run
     :return: beside the file of its rows
     """
-    return Recovery(records.partial_folder(plan.output) / f"{plan.key.file_name}.recovery")
+    return Recovery(records.partial_folder(plan.output) / f"{plan.key.file_name}.{plan.command}.recovery")
+
+
+def forget_other_commands(plan: RunPlan) -> None:
+    """
+    Remove what commands that were ended have left of a run, on the machine that writes the results.
+
+    :param plan: the run, held by this process
+    """
+    for folder in records.partial_folder(plan.output).glob(f"{plan.key.file_name}.*.recovery"):
+        Recovery(folder).forget()
 
 
 def remote_run(index: int, attempt: int, plan: RunPlan, news: Queue) -> list[records.Row]:
@@ -55,7 +68,9 @@ def remote_run(index: int, attempt: int, plan: RunPlan, news: Queue) -> list[rec
         rows.append(complete_row(constants, numbers))
         news.put((index, attempt, rows[-1]))
 
-    learn(plan, spec, record, recovery_of(plan))
+    recovery = recovery_of(plan)
+    learn(plan, spec, record, recovery)
+    recovery.forget()  # here, as nobody else may see this machine's folder
     return rows
 
 
@@ -82,7 +97,8 @@ class RayPool:
     """
 
     def __init__(self, plans: Sequence[RunPlan], processes: int, address: str | None, retries: int) -> None:
-        self.plans = [replace(plan, output=plan.output.resolve()) for plan in plans]
+        command = uuid.uuid4().hex[:8]
+        self.plans = [replace(plan, output=plan.output.resolve(), command=command) for plan in plans]
         self.processes, self.address, self.retries = processes, address, retries
         self.runs: dict[int, RemoteRun] = {}
         self.pending: dict[Any, int] = {}  # task -> index of its run
@@ -127,7 +143,7 @@ class RayPool:
             self.bar.update(plan.key.budget)
             return
         records.remember_settings(plan.output, plan.key.settings, spec.settings())
-        recovery_of(plan).forget()  # of an earlier command, perhaps of other code: its runs start over
+        forget_other_commands(plan)
         self.runs[index] = RemoteRun(plan, file, claim)
         self._submit(index)
 
