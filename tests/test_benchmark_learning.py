@@ -28,7 +28,14 @@ from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
 from sb3_agpo.agpo.gates import DEFAULT_GATE
 from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import (
+    NAMES,
+    AlgorithmSpec,
+    LayerNormSACPolicy,
+    check_arguments,
+    find_algorithm,
+    torch_module,
+)
 from sb3_agpo.benchmark.clock import LearningClock
 from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, differences
 from sb3_agpo.benchmark.records import RunKey
@@ -140,6 +147,20 @@ def test_other_settings_are_not_mixed(finished: Path, capsys: pytest.CaptureFixt
     assert f"to do: slow-target on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
 
 
+def test_another_interval_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluations of a finished run are not made anew, and that is no silent matter; the random policy has but one."""
+    assert main(arguments(finished, "--eval-every", "50")) == 1
+    printed = capsys.readouterr()
+    assert "2 runs: 1 finished, 1 finished but different, 0 to do" in printed.out
+    assert f"sac on {TASK}, seed 0 is finished, but --eval-every was 128, is 50" in printed.err
+
+
+def test_every_argument_can_be_set() -> None:
+    """No algorithm of the benchmark is refused for what it is made of."""
+    for name in NAMES:
+        check_arguments(find_algorithm(name, overrides={"learning_rate": 1e-3, "policy_kwargs.net_arch": [4]}))
+
+
 def test_other_versions_are_not_mixed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the library; the version of this package matters only to its own algorithms."""
     rows = records.read_rows(finished)
@@ -219,7 +240,7 @@ def test_killed_run_is_resumed(tmp_path: Path) -> None:
 def test_crash_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that fails is reported, the next one is done, and the exit code tells."""
     output = tmp_path / "learning.csv"
-    assert main(arguments(output, "nonsense=1", algorithms="sac random")) == 1
+    assert main(arguments(output, "learning_rate='nonsense'", algorithms="sac random")) == 1
     captured = capsys.readouterr()
     assert f"sac on {TASK}, seed 0: FAILED, exit code 1" in captured.out
     assert "nonsense" in captured.out
@@ -337,11 +358,26 @@ def test_columns_of_ones_own_are_kept(tmp_path: Path, finished: Path) -> None:
         (["--label", "mine"], "names one algorithm, but 2"),
         (["--envs", "NoSuchTask-v0"], "unknown task 'NoSuchTask-v0'"),
         (["--algorithms", "sacc"], "unknown algorithm 'sacc'"),
+        (["--set", "lerning_rate=1e-3"], "--set lerning_rate: sac has no such argument; did you mean learning_rate?"),
+        (["--set", "x=1"], "--set x: sac has no such argument; choose from policy, learning_rate"),
+        (["--set", "seed=1"], "--set seed: give --seeds instead"),
+        (["--set", "env='Hopper-v5'"], "--set env: give --envs instead"),
+        (
+            ["--algorithms", "agpo-q", "--set", "policy_kwargs.net_arhc=[4]"],
+            "--set policy_kwargs.net_arhc: the policy of agpo-q has no such argument; did you mean policy_kwargs.net_arch?",
+        ),
+        (["--save-at", "100"], "--save-at 100 saves nothing without a folder; add --models FOLDER"),
+        (["--models", "models", "--save-at", "0"], "--save-at is 0"),
+        (["--models", "models", "--save-at", "100", "301"], f"--save-at 301 is after the 300 steps of {TASK}"),
+        (["--models", __file__], "is a file; give a folder"),
+        (["--output", str(Path(__file__).parent)], "cannot be read (Is a directory); give the name of a CSV file"),
+        (["--output", f"{__file__}/learning.csv"], "cannot be read (Not a directory); give the name of a CSV file"),
     ],
 )
 def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str) -> None:
     """Wrong options end with a message that names the value, and nothing is written."""
-    assert main(arguments(tmp_path / "learning.csv", *changes)) == 2
+    for more in ([], ["--dry-run"]):
+        assert main([*arguments(tmp_path / "learning.csv", *changes), *more]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

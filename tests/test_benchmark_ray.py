@@ -212,7 +212,7 @@ def test_killed_worker_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.slow
 def test_failing_run_is_repeated_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
-    arguments = command(tmp_path / "ray.csv", "nonsense=1", "--seeds", "0", "--engine", "ray", "--retries", "1")
+    arguments = command(tmp_path / "ray.csv", "learning_rate='nonsense'", "--seeds", "0", "--engine", "ray", "--retries", "1")
     assert main(arguments) == 1
     output = capsys.readouterr().out
     assert output.count("attempt 2 of 2") == 1 and "FAILED" in output and "nonsense" in output

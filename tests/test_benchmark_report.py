@@ -316,7 +316,7 @@ def test_summary_without_the_baseline(two_tasks: Path) -> None:
     assert "steps and time at" in text and "| 10k, 10 s | 10k, 10 s |" in text
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("nothing to write between", "has no lines")])
+@pytest.mark.parametrize(("text", "message"), [(None, "there is no file"), ("nothing to write between", "has no lines")])
 def test_summary_without_a_place(
     text: str | None, message: str, two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -556,7 +556,14 @@ def test_costs_are_not_mixed_silently(two_tasks: Path, tmp_path: Path) -> None:
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without rows there is a message instead of an empty report."""
     assert main(["report", "--input", str(tmp_path / "no.csv"), "--output", str(tmp_path)]) == 2
-    assert "no.csv has no evaluations; run 'python -m sb3_agpo.benchmark learning" in capsys.readouterr().err
+    (tmp_path / "folder.csv").mkdir()
+    assert main(["report", "--input", str(tmp_path / "folder.csv"), "--output", str(tmp_path)]) == 2
+    written = write_csv(tmp_path / "learning.csv", run("sac", HOPPER, 0, [1, 2, 3]))
+    assert main(["report", "--input", str(written), "--output", str(written)]) == 2
+    errors = capsys.readouterr().err
+    assert "folder.csv cannot be read (Is a directory); give the name of a CSV file" in errors
+    assert f"--output: {written} is a file; give a folder" in errors
+    assert "no.csv has no evaluations; run 'python -m sb3_agpo.benchmark learning" in errors
 
 
 def test_numbers() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, check_arguments, find_algorithm, torch_module
 from sb3_agpo.benchmark.plan import RunPlan, counterparts, differences, title
 from sb3_agpo.benchmark.pool import Pool
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
     add("--models", type=Path, metavar="FOLDER", help="save models to this folder")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEPS", help="steps to save models at (default: the end)")
-    add("--redo", action="store_true", help="redo finished runs whose settings or library versions are different now")
+    add(
+        "--redo",
+        action="store_true",
+        help="redo finished runs whose settings, versions or --eval-every are different now",
+    )
     add("--dry-run", action="store_true", help="only print what is to be done")
 
 
@@ -120,6 +124,12 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.label in NAMES:
         raise ValueError(f"--label {options.label} is the name of an algorithm; choose another one")
+    if options.save_at and not options.models:
+        raise ValueError(f"--save-at {options.save_at[0]} saves nothing without a folder; add --models FOLDER")
+    if min(options.save_at, default=1) < 1:
+        raise ValueError(f"--save-at is {min(options.save_at)}; give numbers of 1 or more")
+    if options.models and options.models.exists() and not options.models.is_dir():
+        raise ValueError(f"--models: {options.models} is a file; give a folder")
     for env in options.envs:
         try:
             gym.spec(env)
@@ -138,6 +148,8 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
     _check(options)
     overrides = parse_overrides(options.overrides)
     specs = {name: find_algorithm(name, options.n_envs, overrides) for name in dict.fromkeys(options.algorithms)}
+    for spec in specs.values():
+        check_arguments(spec)
     plans = []
     for i, seed in enumerate(parse_seeds(options.seeds)):
         for env in dict.fromkeys(options.envs):
@@ -145,6 +157,8 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
                 if spec.algorithm is None and i > 0:
                     continue  # the random policy learns nothing: one run of many episodes says it all
                 budget = (options.steps or BUDGETS.get(env, OTHER_BUDGET)) if spec.algorithm else 0
+                if spec.algorithm and (late := [step for step in options.save_at if step > budget]):
+                    raise ValueError(f"--save-at {late[0]} is after the {budget} steps of {env}; give earlier ones or --steps")
                 key = RunKey(options.label or name, env, seed if spec.algorithm else 0, spec.settings_hash(), budget)
                 plan = RunPlan(
                     key, name, options.output, options.eval_every, options.threads, options.n_envs,

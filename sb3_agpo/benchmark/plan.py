@@ -85,6 +85,9 @@ def differences(plan: RunPlan, own: bool, finished: list[records.Row]) -> str | 
     for column in [*columns, "settings"]:
         if then := sorted({row[column] for row in same} - {now[column]}):
             changed.append(f"{column} was {', '.join(then)}, is {now[column]}")
+    # The random policy is evaluated once, whatever the interval.
+    if plan.key.budget and (intervals := sorted({row["eval_every"] for row in same} - {str(plan.eval_every)})):
+        changed.append(f"--eval-every was {', '.join(intervals)}, is {plan.eval_every}")
     return "; ".join(changed)
 
 

@@ -147,12 +147,14 @@ def read_rows(path: Path, growing: bool = False) -> list[Row]:
     :param path: the file
     :param growing: whether rows are added to it as they come, so that a crash can cut the last line off, which is dropped
     :return: its rows, with columns that are not ours too; none if there is no such file
-    :raises ValueError: if a column is missing, or a row has not as many entries as there are columns
+    :raises ValueError: if it is a folder, a column is missing, or a row has not as many entries as there are columns
     """
     try:
         text = path.read_text()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the name of a CSV file") from error
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1] if growing else text))
     if missing := set(COLUMNS) - set(reader.fieldnames or COLUMNS):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that 'learning' wrote")

@@ -299,6 +299,8 @@ def main(options: argparse.Namespace) -> int:
     command += ["--live"] if options.live else []
     if options.page:
         check_page(options.page)
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output: {options.output} is a file; give a folder")
     path = write(results, options.output, options.time, shlex.join(command))
     if options.page:
         shown = [name for name in main_algorithms(results) if name not in VARIANTS or name == results.baseline]

@@ -53,8 +53,8 @@ def check_page(page: Path) -> None:
     :param page: Markdown file
     :raises ValueError: if there is no such page, or it has no markers
     """
-    if not page.exists():
-        raise ValueError(f"--page: there is no {page}")
+    if not page.is_file():
+        raise ValueError(f"--page: there is no file {page}")
     records.check_markers(page, MARKER)
 
 
