@@ -218,6 +218,23 @@ def test_failing_run_is_repeated_and_reported(tmp_path: Path, capsys: pytest.Cap
     assert output.count("attempt 2 of 2") == 1 and "FAILED" in output and "nonsense" in output
 
 
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "nonsense"])
+def test_no_cluster_at_the_address(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
+    assert main(command(tmp_path / "ray.csv", "--engine", "ray", "--address", address)) == 2
+    assert f"error: --address {address}: there is no Ray cluster (" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cluster_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --address one is started here, whatever RAY_ADDRESS says; models lie in this process's folder."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    short = ["--algorithms", "sac", "--seeds", "0", "--steps", "150", "--models", "models"]
+    assert main(command(tmp_path / "ray.csv", "--engine", "ray", *short)) == 0
+    assert [path.name for path in Path("models").iterdir()] == [f"sac-{TASK}-0-150.zip"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [(["--address", "somewhere:6379"], "add --engine ray"), (["--retries", "-1"], "--retries is -1")],

@@ -98,7 +98,11 @@ class RayPool:
 
     def __init__(self, plans: Sequence[RunPlan], processes: int, address: str | None, retries: int) -> None:
         command = uuid.uuid4().hex[:8]
-        self.plans = [replace(plan, output=plan.output.resolve(), command=command) for plan in plans]
+        # Workers have folders of their own, so that relative paths would lead elsewhere.
+        self.plans = [
+            replace(plan, output=plan.output.resolve(), models=plan.models and plan.models.resolve(), command=command)
+            for plan in plans
+        ]
         self.processes, self.address, self.retries = processes, address, retries
         self.runs: dict[int, RemoteRun] = {}
         self.pending: dict[Any, int] = {}  # task -> index of its run
@@ -111,7 +115,7 @@ class RayPool:
         Do all the runs.
 
         :return: number of runs that failed
-        :raises ConnectionError: if there is no cluster at the address
+        :raises ValueError: if there is no cluster at the address
         """
         threads = self.plans[0].threads
         try:
