@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,18 @@ from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
 from sb3_agpo.agpo.gates import DEFAULT_GATE
 from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, LayerNormSACPolicy, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import (
+    NAMES,
+    AlgorithmSpec,
+    LayerNormSACPolicy,
+    check_arguments,
+    find_algorithm,
+    torch_module,
+)
+from sb3_agpo.benchmark.clock import LearningClock
+from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, differences
 from sb3_agpo.benchmark.records import RunKey
-from sb3_agpo.benchmark.run import Evaluator, LearningClock, RunPlan, learn
+from sb3_agpo.benchmark.run import Evaluator, learn
 
 TASK = "InvertedPendulum-v5"
 TINY = ["policy_kwargs.net_arch=[8]", "batch_size=8", "train_freq=4", "buffer_size=1000"]
@@ -41,6 +52,13 @@ def arguments(output: Path, *changes: str, algorithms: str = "random sac") -> li
         "learning", "--algorithms", *algorithms.split(), "--envs", TASK, "--seeds", "0", "--steps", "300",
         "--eval-every", "128", "--output", str(output), "--set", *TINY, *changes,
     ]  # fmt: skip
+
+
+def learning_options(_command: str, *line: str) -> argparse.Namespace:
+    """Options of the command as it reads them."""
+    parser = argparse.ArgumentParser()
+    learning.add_arguments(parser)
+    return parser.parse_args(line)
 
 
 @pytest.fixture(scope="module")
@@ -118,33 +136,60 @@ def test_other_settings_are_not_mixed(finished: Path, capsys: pytest.CaptureFixt
     assert finished.read_bytes() == before
     assert main([*changed, "--redo", "--dry-run"]) == 0
     assert f"to do: sac on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
+    # Only what was there when the run was planned will be replaced, and what has the same settings is compared alone.
+    options = learning_options(*changed, "--redo")
+    (plan,), _ = learning.select_missing(learning.plan_runs(options), redo=True)
+    assert plan.replaced == {plan.key._replace(settings=old)}
+    both = [*records.read_rows(finished), records.read_rows(finished)[1] | {"settings": plan.key.settings}]
+    assert differences(plan, False, both) == ""
     # Another label is another run.
     assert main([*arguments(finished, "--label", "slow-target", algorithms="sac"), "--dry-run"]) == 0
     assert f"to do: slow-target on {TASK}, seed 0, 300 steps" in capsys.readouterr().out
 
 
+def test_another_interval_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluations of a finished run are not made anew, and that is no silent matter; the random policy has but one."""
+    assert main(arguments(finished, "--eval-every", "50")) == 1
+    printed = capsys.readouterr()
+    assert "2 runs: 1 finished, 1 finished but different, 0 to do" in printed.out
+    assert f"sac on {TASK}, seed 0 is finished, but --eval-every was 128, is 50" in printed.err
+
+
+def test_every_argument_can_be_set() -> None:
+    """No algorithm of the benchmark is refused for what it is made of."""
+    for name in NAMES:
+        check_arguments(find_algorithm(name, overrides={"learning_rate": 1e-3, "policy_kwargs.net_arch": [4]}))
+
+
 def test_other_versions_are_not_mixed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The message names the library; the version of this package matters only to its own algorithms."""
     rows = records.read_rows(finished)
-    key = records.key_of(rows[1])
+    plan = RunPlan(records.key_of(rows[1]), "sac", finished, 128)
     changed = [row | {"torch": "1.0", "sb3_agpo": "0.0"} for row in rows]
-    assert learning.differences(key, False, changed) == f"torch was 1.0, is {rows[1]['torch']}"
-    assert "sb3_agpo was 0.0" in str(learning.differences(key, True, changed))
-    assert learning.differences(key, True, rows) == ""
-    assert learning.differences(key._replace(seed=1), True, rows) is None
+    assert differences(plan, False, changed) == f"torch was 1.0, is {rows[1]['torch']}"
+    assert "sb3_agpo was 0.0" in str(differences(plan, True, changed))
+    assert differences(plan, True, rows) == ""
+    assert differences(replace(plan, key=plan.key._replace(seed=1)), True, rows) is None
 
 
 def test_merging_replaces_the_run(tmp_path: Path, finished: Path) -> None:
-    """A redone run takes the place of the old one, whatever that one's settings; other runs stay."""
+    """A redone run takes the place of the ones that it was planned to replace; other runs and settings stay."""
     rows = records.read_rows(finished)
     output = tmp_path / "learning.csv"
     output.write_text(records.to_csv(rows, header=True))
-    key = records.key_of(rows[1])._replace(settings="00000000")
-    records.merge_run(output, key, [rows[3] | {"settings": "00000000"}])
-    assert [(row["algorithm"], row["settings"]) for row in records.read_rows(output)] == [
-        ("random", rows[0]["settings"]),
-        ("sac", "00000000"),
-    ]
+    old = records.key_of(rows[1])
+    first, second = (old._replace(settings=settings) for settings in ("00000000", "11111111"))
+    for key, replaced in ((first, frozenset[RunKey]()), (second, frozenset({old}))):
+        records.merge_run(output, key, [rows[3] | {"settings": key.settings}], replaced)
+        assert [records.key_of(row) for row in records.read_rows(output)] == [
+            records.key_of(rows[0]),
+            *([old] * 3 if key == first else []),
+            first,
+            *([second] if key == second else []),
+        ]
+    # The same run again, whose rows are never there twice.
+    records.merge_run(output, second, [rows[3] | {"settings": second.settings}])
+    assert len(records.read_rows(output)) == 3
 
 
 def wait_for(condition: Any, seconds: float = 240) -> None:
@@ -195,7 +240,7 @@ def test_killed_run_is_resumed(tmp_path: Path) -> None:
 def test_crash_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that fails is reported, the next one is done, and the exit code tells."""
     output = tmp_path / "learning.csv"
-    assert main(arguments(output, "nonsense=1", algorithms="sac random")) == 1
+    assert main(arguments(output, "learning_rate='nonsense'", algorithms="sac random")) == 1
     captured = capsys.readouterr()
     assert f"sac on {TASK}, seed 0: FAILED, exit code 1" in captured.out
     assert "nonsense" in captured.out
@@ -216,15 +261,88 @@ def test_run_in_progress_elsewhere_is_left_alone(tmp_path: Path, capsys: pytest.
     assert not output.exists()
 
 
+def test_run_finished_elsewhere_is_left_out(tmp_path: Path, finished: Path) -> None:
+    """A run that another process finishes after it was planned is not done again; one that is redone is, once."""
+    output = tmp_path / "learning.csv"
+    rows = [row for row in records.read_rows(finished) if row["algorithm"] == "sac"]
+    plan = RunPlan(records.key_of(rows[0]), "sac", output, 128)
+    with claimed(plan, own=False) as file:
+        assert file.name == str(records.partial_path(output, plan.key))
+        records.merge_run(output, plan.key, rows)
+        records.partial_path(output, plan.key).unlink()
+    for planned in (plan, replace(plan, replaced=frozenset({plan.key}))):
+        with pytest.raises(BusyError, match="another process has finished it"), claimed(planned, own=False):
+            pass
+        assert not records.partial_path(output, plan.key).exists()
+    records.merge_run(output, plan.key, [row | {"torch": "1.0"} for row in rows])
+    with claimed(replace(plan, replaced=frozenset({plan.key})), own=False):
+        pass
+
+
+def test_claim_of_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking the file another process can finish the run, and a third one begin it anew."""
+    plan = RunPlan(RunKey("sac", TASK, 0, "", 300), "sac", tmp_path / "learning.csv", 128)
+    path = records.partial_path(plan.output, plan.key)
+    flock = fcntl.flock
+
+    def late(file: Any, operation: int) -> None:
+        path.unlink()
+        path.touch()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(BusyError, match="was at it"), claimed(plan, own=False):
+        pass
+    assert path.exists()
+
+
+def test_two_commands_share_the_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one command finishes while another one waits to begin it is done once."""
+    output = tmp_path / "learning.csv"
+    work = learning.Pool.work
+    others: list[int] = []
+
+    def late(pool: learning.Pool) -> int:
+        if not others:
+            others.append(1)
+            assert main(arguments(output, algorithms="random")) == 0
+        return work(pool)
+
+    monkeypatch.setattr(learning.Pool, "work", late)
+    assert main(arguments(output, algorithms="random")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("return ") == 1 and "left out, another process has finished it" in printed
+    assert len(records.read_rows(output)) == 1
+    assert [path.name for path in records.partial_folder(output).iterdir()] == [".lock"]
+
+
 def test_cut_off_line_is_dropped(tmp_path: Path, finished: Path) -> None:
-    """A crash in the middle of a line costs that line only; a file of another kind is refused."""
-    text = finished.read_text()
+    """A crash in the middle of a line costs that line of an unfinished run only; a file of another kind is refused."""
+    text, rows = finished.read_text(), records.read_rows(finished)
     path = tmp_path / "cut.csv"
-    path.write_text(text[:-20])
-    assert records.read_rows(path) == records.read_rows(finished)[:-1]
+    path.write_text(text.rstrip("\n"))  # as some editors leave a file
+    assert records.read_rows(path) == rows
+    path.write_text(text[: text.rindex(",300,")])
+    assert records.read_rows(path, growing=True) == rows[:-1]
+    with pytest.raises(ValueError, match=r"cut.csv: line 5 has not as many entries as there are columns"):
+        records.read_rows(path)
     path.write_text("algorithm,env\nsac,Hopper-v5\n")
     with pytest.raises(ValueError, match=r"lacks the columns .*budget"):
         records.read_rows(path)
+
+
+def test_columns_of_ones_own_are_kept(tmp_path: Path, finished: Path) -> None:
+    """A run is added to a file in which somebody has made a column of notes, at its last line without an end too."""
+    head, *lines = finished.read_text().splitlines()
+    path = tmp_path / "learning.csv"
+    path.write_text("\n".join([f"{head},note", *(f"{line},seen" for line in lines)]))
+    rows = records.read_rows(path)
+    new = [records.read_rows(finished)[1] | {"seed": "7"}]
+    records.merge_run(path, records.key_of(new[0]), new)
+    assert records.read_rows(path) == [*rows, new[0] | {"note": ""}]
+    assert {row["note"] for row in rows} == {"seen"}
 
 
 @pytest.mark.parametrize(
@@ -240,11 +358,26 @@ def test_cut_off_line_is_dropped(tmp_path: Path, finished: Path) -> None:
         (["--label", "mine"], "names one algorithm, but 2"),
         (["--envs", "NoSuchTask-v0"], "unknown task 'NoSuchTask-v0'"),
         (["--algorithms", "sacc"], "unknown algorithm 'sacc'"),
+        (["--set", "lerning_rate=1e-3"], "--set lerning_rate: sac has no such argument; did you mean learning_rate?"),
+        (["--set", "x=1"], "--set x: sac has no such argument; choose from policy, learning_rate"),
+        (["--set", "seed=1"], "--set seed: give --seeds instead"),
+        (["--set", "env='Hopper-v5'"], "--set env: give --envs instead"),
+        (
+            ["--algorithms", "agpo-q", "--set", "policy_kwargs.net_arhc=[4]"],
+            "--set policy_kwargs.net_arhc: the policy of agpo-q has no such argument; did you mean policy_kwargs.net_arch?",
+        ),
+        (["--save-at", "100"], "--save-at 100 saves nothing without a folder; add --models FOLDER"),
+        (["--models", "models", "--save-at", "0"], "--save-at is 0"),
+        (["--models", "models", "--save-at", "100", "301"], f"--save-at 301 is after the 300 steps of {TASK}"),
+        (["--models", __file__], "is a file; give a folder"),
+        (["--output", str(Path(__file__).parent)], "cannot be read (Is a directory); give the name of a CSV file"),
+        (["--output", f"{__file__}/learning.csv"], "cannot be read (Not a directory); give the name of a CSV file"),
     ],
 )
 def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], message: str) -> None:
     """Wrong options end with a message that names the value, and nothing is written."""
-    assert main(arguments(tmp_path / "learning.csv", *changes)) == 2
+    for more in ([], ["--dry-run"]):
+        assert main([*arguments(tmp_path / "learning.csv", *changes), *more]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

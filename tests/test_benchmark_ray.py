@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import find_algorithm
+from sb3_agpo.benchmark.plan import RunPlan
 from sb3_agpo.benchmark.records import RunKey
 from sb3_agpo.benchmark.recovery import Recovery
-from sb3_agpo.benchmark.run import RunPlan, learn
+from sb3_agpo.benchmark.run import learn
 
 TASK = "InvertedPendulum-v5"
 SETTINGS: dict[str, Any] = {
@@ -84,6 +88,31 @@ def test_interrupted_run_equals_one_that_was_not(name: str, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_run_interrupted_after_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The evaluation at the end is made again and is there once, with the time that it took, and the model is saved again."""
+    spec = find_algorithm("agpo-adaptive", overrides=SETTINGS)
+    key = RunKey("agpo-adaptive", TASK, 3, spec.settings_hash(), 300)
+    plan = RunPlan(key, "agpo-adaptive", Path("unused.csv"), 150, overrides=SETTINGS, models=tmp_path / "models")
+    recovery = Recovery(tmp_path / "recovery")
+
+    def cut(*_: Any) -> None:
+        raise PowerCut
+
+    first: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(DummyVecEnv, "close", cut)
+        with pytest.raises(PowerCut):
+            learn(plan, spec, first.append, recovery)
+    assert [numbers["steps"] for numbers in first] == [150, 300]
+    (model,) = (tmp_path / "models").iterdir()
+    model.unlink()
+    again: list[dict[str, Any]] = []
+    learn(plan, spec, again.append, recovery)
+    assert [(numbers["steps"], numbers["return"]) for numbers in again] == [(n["steps"], n["return"]) for n in first]
+    assert again[-1]["seconds"] >= first[-1]["seconds"]
+    assert list((tmp_path / "models").iterdir()) == [model]
+
+
 def test_useless_checkpoint_is_started_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recovery = Recovery(tmp_path)
     numbers_of("agpo-adaptive", recovery, fail_after=2)
@@ -95,6 +124,47 @@ def test_useless_checkpoint_is_started_over(tmp_path: Path, capsys: pytest.Captu
 
 
 # ---------------------------------------------------------------------- Ray
+
+
+class News:
+    """Takes the place of Ray's queue, and fails after a number of evaluations."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.heard, self.fail_after = 0, fail_after
+
+    def put(self, _: Any) -> None:
+        """Take news."""
+        if self.heard == self.fail_after:
+            raise PowerCut
+        self.heard += 1
+
+
+def test_attempts_go_on_within_a_command_only(tmp_path: Path) -> None:
+    """A worker that shares no folder with the command goes on from its own checkpoint, once, and leaves nothing behind."""
+    pytest.importorskip("ray")
+    from sb3_agpo.benchmark.ray_engine import forget_other_commands, recovery_of, remote_run
+
+    spec = find_algorithm("agpo-adaptive", overrides=SETTINGS)
+    key = RunKey("agpo-adaptive", TASK, 3, spec.settings_hash(), 450)
+    plan = RunPlan(key, "agpo-adaptive", tmp_path / "learning.csv", 150, overrides=SETTINGS, command="first")
+    with pytest.raises(PowerCut):
+        remote_run(0, 0, plan, News(fail_after=1))  # type: ignore[arg-type]
+    begun = [json.loads(line) for line in recovery_of(plan).evaluations.read_text().splitlines()]
+    assert [numbers["steps"] for numbers in begun] == [150, 300]
+    other = replace(plan, command="second")
+    started_over = remote_run(0, 0, other, News())  # type: ignore[arg-type]
+    assert float(started_over[0]["seconds"]) != begun[0]["seconds"]
+    assert not recovery_of(other).folder.exists() and recovery_of(plan).folder.exists()
+    went_on = remote_run(0, 1, plan, News())  # type: ignore[arg-type]
+    assert float(went_on[0]["seconds"]) == begun[0]["seconds"]
+    assert without_timing(went_on) == without_timing(started_over)
+    folder = records.partial_folder(plan.output)
+    assert not list(folder.iterdir())
+    longer = replace(plan, key=key._replace(budget=4500))
+    for left in (other, longer):
+        recovery_of(left).checkpoints.mkdir(parents=True)
+    forget_other_commands(plan)
+    assert list(folder.iterdir()) == [recovery_of(longer).folder]
 
 
 def command(output: Path, *changes: str) -> list[str]:
@@ -142,10 +212,27 @@ def test_killed_worker_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.slow
 def test_failing_run_is_repeated_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
-    arguments = command(tmp_path / "ray.csv", "nonsense=1", "--seeds", "0", "--engine", "ray", "--retries", "1")
+    arguments = command(tmp_path / "ray.csv", "learning_rate='nonsense'", "--seeds", "0", "--engine", "ray", "--retries", "1")
     assert main(arguments) == 1
     output = capsys.readouterr().out
     assert output.count("attempt 2 of 2") == 1 and "FAILED" in output and "nonsense" in output
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:1", "nonsense"])
+def test_no_cluster_at_the_address(address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
+    assert main(command(tmp_path / "ray.csv", "--engine", "ray", "--address", address)) == 2
+    assert f"error: --address {address}: there is no Ray cluster (" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cluster_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --address one is started here, whatever RAY_ADDRESS says; models lie in this process's folder."""
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    short = ["--algorithms", "sac", "--seeds", "0", "--steps", "150", "--models", "models"]
+    assert main(command(tmp_path / "ray.csv", "--engine", "ray", *short)) == 0
+    assert [path.name for path in Path("models").iterdir()] == [f"sac-{TASK}-0-150.zip"]
 
 
 @pytest.mark.parametrize(

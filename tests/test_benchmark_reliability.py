@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sb3_agpo.benchmark import reliability
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.records import update_page
 from sb3_agpo.benchmark.reliability import SECTIONS, held, markdown
@@ -113,6 +114,26 @@ def test_models_leave_nothing_behind(kind: str, tmp_path: Path) -> None:
         cycle(kind, tmp_path)
     after = Holdings.now()
     assert after[:3] == before[:3]
+
+
+def test_commands_keep_each_others_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is begun and ended while another one measures."""
+    output, page = tmp_path / "r.json", tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    line = ["reliability", "--output", str(output), "--page", str(page), "--sections"]
+    measured: list[str] = []
+
+    def measure(name: str, _: Any) -> dict[str, Any]:
+        measured.append(name)
+        if name == "wrong_calls":
+            assert main([*line, "faults"]) == 0
+        return {**STAMP, **SUITE}
+
+    monkeypatch.setattr(reliability, "_measure", measure)
+    assert main([*line, "wrong_calls"]) == 0
+    assert measured == ["wrong_calls", "faults"]
+    assert json.loads(output.read_text()) == {name: {**STAMP, **SUITE} for name in ("faults", "wrong_calls")}
+    assert page.read_text().count("160 wrong calls") == page.read_text().count("160 faults") == 1
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

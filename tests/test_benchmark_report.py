@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -15,9 +16,18 @@ from matplotlib.figure import Figure
 
 from sb3_agpo.benchmark import figures, records
 from sb3_agpo.benchmark.__main__ import main
+from sb3_agpo.benchmark.reading import load
 from sb3_agpo.benchmark.report import stock_settings
-from sb3_agpo.benchmark.results import Reached, load
-from sb3_agpo.benchmark.statistics import bootstrap_interval, first_reached, interquartile_mean, mean, performance_profile
+from sb3_agpo.benchmark.results import Reached
+from sb3_agpo.benchmark.statistics import (
+    ScoredRuns,
+    bootstrap_interval,
+    first_reached,
+    interquartile_mean,
+    mean,
+    performance_profile,
+    score_interval,
+)
 from sb3_agpo.benchmark.summary import summary_table
 from sb3_agpo.benchmark.tables import number
 
@@ -100,13 +110,73 @@ def test_bootstrap_interval() -> None:
         bootstrap_interval([[]], mean)
 
 
-@pytest.mark.parametrize(("n_seeds", "n_tasks", "expected"), [(2, 1, 0.61), (3, 1, 0.85), (2, 8, 0.89), (3, 8, 0.92)])
-def test_how_often_intervals_of_few_seeds_hold_the_truth(n_seeds: int, n_tasks: int, expected: float) -> None:
+@pytest.mark.parametrize(("n_seeds", "expected"), [(2, 0.61), (3, 0.85)])
+def test_how_often_intervals_of_few_seeds_hold_the_truth(n_seeds: int, expected: float) -> None:
     """The numbers of the docstring, for runs that are normally distributed around zero."""
     rng = np.random.default_rng(1)
-    statistic = mean if n_tasks == 1 else interquartile_mean
-    intervals = (bootstrap_interval(rng.normal(size=(n_tasks, n_seeds)), statistic, resamples=1000) for _ in range(400))
+    intervals = (bootstrap_interval([rng.normal(size=n_seeds)], mean, resamples=1000) for _ in range(400))
     assert np.mean([low <= 0.0 <= high for low, high in intervals]) == pytest.approx(expected, abs=0.06)
+
+
+# Final returns in docs/benchmarks/learning.csv: random policy; mean and deviation of SAC; mean and deviation of AGPO.
+RETURNS = [
+    (-264.4, 3792, 820, 5606, 1210),  # HalfCheetah-v5
+    (17.15, 890, 271, 3171, 45.3),  # Hopper-v5
+    (1.339, 859.9, 162, 4025, 221),  # Walker2d-v5
+    (-72.01, 524.1, 51.1, 3829, 1540),  # Ant-v5
+    (41.72, 9359, 0.377, 9358, 1.25),  # InvertedDoublePendulum-v5
+    (-43.09, -3.901, 0.179, -4.014, 0.226),  # Reacher-v5
+    (-149.3, -49.52, 17.4, -33.03, 0.487),  # Pusher-v5
+    (0.4663, 47.81, 2.55, 41.5, 2.77),  # Swimmer-v5
+]
+
+
+def test_how_often_intervals_of_scores_hold_the_truth() -> None:
+    """The numbers of the docstring: a baseline of three seeds that is taken as exact makes intervals far too narrow."""
+    rng = np.random.default_rng(1)
+    random, base, base_deviation, ours, deviation = np.array(RETURNS).T[:, :, None]
+    many = rng.normal(ours, deviation, size=(8, 20_000))
+    truth = interquartile_mean(((many - random) / (base - random)).ravel())
+    held: dict[str, list[bool]] = {"resampled": [], "exact": []}
+    for seed in range(200):
+        runs, baseline = rng.normal(ours, deviation, size=(8, 3)), rng.normal(base, base_deviation, size=(8, 3))
+        tasks = [ScoredRuns(*of_task) for of_task in zip(runs, baseline, random.ravel().tolist(), strict=True)]
+        low, high = score_interval(tasks, interquartile_mean, 500, seed)
+        held["resampled"].append(bool(low <= truth <= high))
+        low, high = bootstrap_interval([of_task.scores() for of_task in tasks], interquartile_mean, 500, seed)
+        held["exact"].append(bool(low <= truth <= high))
+    assert np.mean(held["resampled"]) == pytest.approx(0.89, abs=0.06)
+    assert np.mean(held["exact"]) == pytest.approx(0.50, abs=0.09)
+
+
+def test_intervals_of_scores_by_hand() -> None:
+    """Runs of the baseline are resampled like all others, as far again from their mean by sqrt(2) if there are two."""
+    runs, baseline = np.array([200.0, 200.0]), np.array([90.0, 110.0])
+    bounds = 200 / (100 + 10 * np.sqrt(2)), 200 / (100 - 10 * np.sqrt(2))
+    assert score_interval([ScoredRuns(runs, baseline, 0.0)], mean) == pytest.approx(bounds)
+    # Of a baseline without scatter, it is the interval of the scores.
+    tasks = [ScoredRuns(np.array([1.0, 4.0, 5.0]), np.array([2.0, 2.0]), 0.0)]
+    assert score_interval(tasks, mean) == pytest.approx(bootstrap_interval([tasks[0].scores()], mean), abs=0.05)
+    # The baseline's own mean is 1 in every resample, by its last returns.
+    own = ScoredRuns(np.array([[0.0, 90.0], [50.0, 110.0]]), None, 0.0)
+    np.testing.assert_allclose(own.scores().mean(axis=0), [0.25, 1.0])
+    low, high = score_interval([own], mean)
+    assert (low[1], high[1]) == pytest.approx((1.0, 1.0)) and low[0] < 0.25 < high[0]
+    # Where resampled runs of the baseline are no better than random actions, there is no score.
+    low, high = score_interval([ScoredRuns(runs, np.array([1.0, 100.0]), 0.0)], mean)
+    assert 0.0 < low < high < np.inf
+    with pytest.raises(ValueError, match="no runs"):
+        score_interval([], mean)
+
+
+def test_bands_of_profiles_are_fractions() -> None:
+    """However resampled runs scatter, no more than all of them and no fewer than none are above a score."""
+    tasks = [ScoredRuns(np.array([1.0, 2.0, 9.0]), np.array([2.0, 3.0]), 0.0)] * 2
+    center, band = figures.profile_of(tasks, np.linspace(0, 5, 21))
+    assert band is not None
+    assert 0.0 <= np.min(band) and np.max(band) == 1.0
+    assert np.all(band[0] <= center) and np.all(center <= band[1])
+    assert figures.profile_of([ScoredRuns(np.ones(1), np.ones(1), 0.0)], np.array([0.5, 1.0]))[1] is None
 
 
 def test_performance_profile() -> None:
@@ -170,7 +240,7 @@ def test_report(two_tasks: Path, tmp_path: Path) -> None:
     assert main(["report", "--input", str(two_tasks), "--output", str(output)]) == 0
     text = (output / "report.md").read_text()
     assert "| HalfCheetah-v5, 10k steps | 200 [58.6, 341] (2) | **650 [13.6, 1286] (2)** | -100 |" in text
-    assert "| IQM of scores | 1.00 [0.69, 1.31] | 2.50 [1.09, 3.91] | 0 |" in text
+    assert "| IQM of scores | 1.00 [1.00, 1.00] | 2.50 [0.97, 5.97] | 0 |" in text
     assert "| tasks, runs in the IQM | 2/2, 4 | 2/2, 4 | – |" in text
     assert "In the CSV file, SAC is `sac`, AGPO, matching is `agpo-adaptive`." in text
     assert "| Hopper-v5 | 15,000 (1.00x) | 10,000 (0.67x) |" in text
@@ -206,7 +276,7 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert all(name not in text and name in report for name in ("PPO", "batch normalisation"))
     assert "| Hopper-v5 | 15k | 100 (2) | **4,000 (1)** | 250 (2) | 15k, 90 s | 15k, 30 s | 10k, 20 s |" in text
     assert "| HalfCheetah-v5 | 10k | 200 (2) | 20.0 (1) | **650 (2)** | 10k, 20 s | not reached | 10k, 20 s |" in text
-    assert "| score: interquartile mean |  | 1.00 [0.69, 1.31] |" in text
+    assert "| score: interquartile mean |  | 1.00 [1.00, 1.00] |" in text
     assert f"--time cpu_seconds --page {page}" in report
 
 
@@ -246,7 +316,7 @@ def test_summary_without_the_baseline(two_tasks: Path) -> None:
     assert "steps and time at" in text and "| 10k, 10 s | 10k, 10 s |" in text
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "there is no"), ("nothing to write between", "has no lines")])
+@pytest.mark.parametrize(("text", "message"), [(None, "there is no file"), ("nothing to write between", "has no lines")])
 def test_summary_without_a_place(
     text: str | None, message: str, two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +339,53 @@ def test_ablation(two_tasks: Path, tmp_path: Path) -> None:
     assert "| Hopper-v5, 15k steps | **250 [179, 321] (2)** | 50.0 (1) | 0.00 |" in ablation
     assert "`agpo-q-nomatch` has no finished runs on HalfCheetah-v5." in ablation
     assert "`agpo-q-nomatch`: its IQM is over fewer tasks than others'" in ablation
+
+
+@pytest.mark.parametrize("others", [["agpo-q"], ["agpo-adaptive"], ["ppo"], ["ppo", "agpo-adaptive"]])
+def test_baseline_is_always_shown(two_tasks: Path, tmp_path: Path, others: list[str]) -> None:
+    """Also one of the ablation, whatever else is asked for."""
+    rows = records.read_rows(two_tasks)
+    more = [
+        run(name, env, 0, returns)
+        for name in ("agpo-analytic-windows", "agpo-q", "ppo")
+        for env, returns in ((HOPPER, [1, 2, 3]), (CHEETAH, [1, 2]))
+    ]
+    path = write_csv(tmp_path / "more.csv", rows, *more)  # type: ignore[arg-type]
+    page = tmp_path / "README.md"
+    page.write_text("<!-- summary: begin -->\n<!-- summary: end -->\n")
+    options = ["--baseline", "agpo-analytic-windows", "--algorithms", *others, "--page", str(page)]
+    assert main(["report", "--input", str(path), "--output", str(tmp_path), *options]) == 0
+    label = "AGPO, analytic, windows alone"
+    text = (tmp_path / "report.md").read_text()
+    heads = [line for line in text.partition("## Learning curves")[0].splitlines() if line.startswith("| Task |")]
+    assert len(heads) == 5 and all(label in head and head.count("|") == 3 + len(others) for head in heads[1:])
+    assert f"| {label}" in page.read_text()
+    assert "No runs of `" not in text
+
+
+def test_names_are_those_of_the_file(two_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What there are no runs of is an error that says what there is; what was not asked for is not missing."""
+    path = write_csv(
+        tmp_path / "two.csv",
+        records.read_rows(two_tasks),  # type: ignore[arg-type]
+        *(run("mine", HOPPER, seed, [1, 2, 3], settings=settings) for seed, settings in enumerate("ab")),
+    )
+    for options, message in (
+        (
+            ["--baseline", "xyz"],
+            f"--baseline: {path} has no runs of `xyz`; choose from agpo-adaptive, mine [a], mine [b], sac",
+        ),
+        (["--baseline", "random"], f"--baseline: {path} has no runs of `random`; choose from"),
+        (["--baseline", "mine"], "several settings of `mine`; give one of 'mine [a]', 'mine [b]'"),
+        (["--algorithms", "sac", "xyz"], f"--algorithms: {path} has no runs of `xyz`; choose from"),
+    ):
+        assert main(["report", "--input", str(path), "--output", str(tmp_path / "report"), *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+    notes = load(path, algorithms=["mine", "random"]).notes
+    assert not [note for note in notes if note.startswith("No runs of ")]
+    assert "No runs on Walker2d-v5, Ant-v5" in " ".join(notes) and "on HalfCheetah" not in notes[-1]
+    assert "`mine`" not in next(note for note in load(path).notes if note.startswith("No runs of "))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +420,29 @@ def test_partial_data(tmp_path: Path, rows: list[Any], note: str) -> None:
     path = write_csv(tmp_path / "learning.csv", *rows)
     assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
     assert note in (tmp_path / "report.md").read_text()
+
+
+def test_code_is_not_mixed_silently(tmp_path: Path) -> None:
+    """Runs of this package's own algorithms say which commits they are of; their settings tell, whatever their label."""
+    commits = [{"settings": settings, "git_commit": f"{settings}{i}"} for settings in ("mine", "other") for i in (0, 1)]
+    versions = [{"sb3_agpo": "1.0"}, {"sb3_agpo": "2.0"}]
+    path = write_csv(
+        tmp_path / "learning.csv",
+        *(run("sac", HOPPER, seed, [1, 2], git_commit=f"sac{seed}", **versions[seed]) for seed in (0, 1)),
+        *(run("faster", HOPPER, i, [1, 2], **commits[i], **versions[i]) for i in (0, 1)),
+        *(run("agpo-q", HOPPER, i, [1, 2], git_commit=f"q{i}", **versions[0]) for i in (0, 1)),
+        *(run("agpo-mine", HOPPER, i, [1, 2], **commits[2 + i]) for i in (0, 1)),
+    )
+    settings = {"mine": "sb3_agpo.agpo.agpo.AGPO", "other": "stable_baselines3.sac.sac.SAC"}
+    records.settings_path(path).write_text(json.dumps({name: {"algorithm": value} for name, value in settings.items()}))
+    notes = load(path).notes
+    assert [note for note in notes if "commits" in note] == [
+        "Runs of `agpo-q` are of several commits of this package (q0, q1), whose code may differ.",
+        "Runs of `faster` are of several commits of this package (mine0, mine1), whose code may differ.",
+    ]
+    assert "Runs differ in `sb3_agpo` (1.0, 2.0): returns may differ for it." in notes
+    notes = load(path, algorithms=["agpo-q", "agpo-mine"]).notes
+    assert not [note for note in notes if "`sb3_agpo`" in note]
 
 
 def test_settings_are_not_mixed(tmp_path: Path) -> None:
@@ -366,10 +506,64 @@ def test_unfinished_runs_are_live_only(tmp_path: Path) -> None:
     assert results.final("sac", HOPPER).tolist() == [3]
 
 
+def test_stale_partial_runs_do_not_disturb(tmp_path: Path) -> None:
+    """An aborted run of other settings than the finished ones has no part in anything."""
+    path = write_csv(tmp_path / "learning.csv", random_row(HOPPER, 0), run("sac", HOPPER, 0, [1, 2, 3]))
+    records.partial_folder(path).mkdir()
+    for seed, name, settings in ((7, "sac", "old"), (8, "sac", stock_settings("sac")), (0, "tqc", "any")):
+        partial = run(name, HOPPER, seed, [4, 5, 6], settings=settings)[:1]
+        key = records.key_of({name: str(value) for name, value in partial[0].items()})
+        write_csv(records.partial_path(path, key), partial)
+    results = load(path, live=True)
+    assert sorted(results.curves) == ["sac", "tqc"] and results.scored_tasks == [HOPPER]
+    assert [curve.seed for curve in results.curves["sac"][HOPPER]] == [0, 8]
+    assert "Unfinished runs of `sac` with other settings (old) than finished ones are left out." in results.notes
+
+
+@pytest.mark.parametrize(("random", "counted"), [(True, "counted as random actions"), (False, "left out")])
+def test_returns_that_are_not_finite(tmp_path: Path, random: bool, counted: str) -> None:
+    """A run whose policy broke is named, and is worth as much as random actions."""
+    path = write_csv(
+        tmp_path / "learning.csv",
+        *([random_row(HOPPER, -10)] if random else []),
+        run("sac", HOPPER, 0, [10, 90]),
+        run("tqc", HOPPER, 0, [10, 190]),
+        run("tqc", HOPPER, 1, [10, float("nan")]),
+    )
+    results = load(path)
+    assert results.final("tqc", HOPPER).tolist() == ([190, -10] if random else [190])
+    assert [scores.tolist() for scores in results.scores("tqc")] == ([[2, 0]] if random else [])
+    assert f"`tqc` on Hopper-v5, seed 1: 1 of 2 returns are not finite, {counted}." in results.notes
+    assert results.reach("tqc", HOPPER) == (Reached(10000, 30000, 10, 20) if random else None)
+    assert main(["report", "--input", str(path), "--output", str(tmp_path)]) == 0
+
+
+def test_costs_are_not_mixed_silently(two_tasks: Path, tmp_path: Path) -> None:
+    """Times are comparable only if the short runs were made alike."""
+    runs = [
+        run(name, env, 0, [0, 0], threads=threads, machine=machine)
+        for name, threads, machine in (("sac", 1, "Abacus"), ("agpo-adaptive", 8, "Other"), ("tqc", 4, "Third"))
+        for env in (HOPPER, CHEETAH)
+    ]
+    costs = write_csv(tmp_path / "costs.csv", *runs)
+    notes = [note for note in load(two_tasks, costs=costs).notes if "costs.csv" in note]
+    assert notes == [
+        f"Short runs in {costs} differ in `machine` (Abacus, Other): times are not comparable.",
+        f"Short runs in {costs} differ in `threads` (1, 8): times are not comparable.",
+    ]
+
+
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without rows there is a message instead of an empty report."""
     assert main(["report", "--input", str(tmp_path / "no.csv"), "--output", str(tmp_path)]) == 2
-    assert "no.csv has no evaluations; run 'python -m sb3_agpo.benchmark learning" in capsys.readouterr().err
+    (tmp_path / "folder.csv").mkdir()
+    assert main(["report", "--input", str(tmp_path / "folder.csv"), "--output", str(tmp_path)]) == 2
+    written = write_csv(tmp_path / "learning.csv", run("sac", HOPPER, 0, [1, 2, 3]))
+    assert main(["report", "--input", str(written), "--output", str(written)]) == 2
+    errors = capsys.readouterr().err
+    assert "folder.csv cannot be read (Is a directory); give the name of a CSV file" in errors
+    assert f"--output: {written} is a file; give a folder" in errors
+    assert "no.csv has no evaluations; run 'python -m sb3_agpo.benchmark learning" in errors
 
 
 def test_numbers() -> None:

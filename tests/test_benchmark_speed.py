@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,22 @@ class TestCommand:
         second = read(Path("speed.csv"))
         assert {case: second[case] for case in first} == first  # not measured again
         assert second[Case("columns", "Hopper-v5", 1, 1)] == Medians(15, 16)
+
+    def test_commands_keep_each_others_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that is begun and ended while another one measures."""
+        columns, others = MEASURES["columns"], ["Hopper-v5"]
+
+        def measure(case: Case, effort: Effort) -> Medians:
+            if others:
+                assert speed("--sections", "columns", "--tasks", others.pop(), "--page", "page.md") == 0
+            return columns.measure(case, effort)
+
+        monkeypatch.setitem(MEASURES, "columns", replace(columns, measure=measure))
+        Path("page.md").write_text(f"{BEGIN}\n{END}\n")
+        assert speed("--sections", "columns", "--tasks", "Pusher-v5", "--page", "page.md") == 0
+        assert sorted(case.task for case in read(Path("speed.csv"))) == ["Hopper-v5", "Pusher-v5"]
+        assert all(f"| {task} |" in Path("page.md").read_text() for task in ("Hopper-v5", "Pusher-v5"))
+        assert len(json.loads(Path("speed.json").read_text())) == 2
 
     @pytest.mark.parametrize(
         ("section", "task", "n_rows"),

@@ -89,6 +89,23 @@ def test_wrong_options(changes: list[str], message: str, tmp_path: Path, capsys:
     assert not (tmp_path / "study.log").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--storage", "nonsense"], "--storage nonsense cannot be opened (ArgumentError: "),
+        (["--storage", "sqlite:///no/such/folder/study.db"], "cannot be opened (OperationalError: "),
+        (["--storage", f"{__file__}/study.log"], "cannot be opened (FileExistsError: "),
+        (["--address", "auto"], "--address auto: there is no Ray cluster (Could not find any running Ray instance"),
+    ],
+)
+def test_what_cannot_be_reached(
+    changes: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert main([*command(tmp_path / "study.log", "--n-trials", "1"), *changes]) == 2
+    assert f"error: {changes[0]}" in (printed := capsys.readouterr().err) and message in printed
+
+
 def test_storages_are_found_from_other_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert absolute_storage("logs/study.log") == str(tmp_path / "logs/study.log")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +66,9 @@ NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO
 
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
+
+# Constructor arguments that are no choice: they come from the task, the seed or the algorithm.
+GIVEN = frozenset({"self", "env", "seed", "observation_space", "action_space", "lr_schedule"})
 
 
 class LayerNormCritic(ContinuousCritic):
@@ -159,7 +163,7 @@ class AlgorithmSpec:
         policy_arguments = _defaults(policy_class) if inspect.isclass(policy_class) else {}
         policy_arguments |= arguments.get("policy_kwargs") or {}
         # Given by the algorithm, from the environment and from its own settings.
-        for name in ("observation_space", "action_space", "lr_schedule"):
+        for name in GIVEN:
             policy_arguments.pop(name, None)
         arguments["policy_kwargs"] = policy_arguments
         if self.own:
@@ -261,6 +265,49 @@ def find_algorithm(name: str, n_envs: int | None = None, overrides: Mapping[str,
                 raise ValueError(f"cannot set '{key}': '{group}' is {target!r}, not a dictionary; set '{group}' itself")
         target[last] = value
     return replace(spec, n_envs=n_envs or spec.n_envs, kwargs=kwargs)
+
+
+def check_arguments(spec: AlgorithmSpec) -> None:
+    """
+    Refuse changes to arguments that an algorithm or its policy does not have, before any run of it fails.
+
+    :param spec: the algorithm, with its changes
+    :raises ValueError: naming the argument, and one that may be meant
+    """
+    if spec.algorithm is None:
+        return
+    for name, option in (("env", "--envs"), ("seed", "--seeds")):
+        if name in spec.kwargs:
+            raise ValueError(f"--set {name}: give {option} instead")
+    _check_names(spec.name, "", spec.kwargs, spec.algorithm)
+    policy = spec.kwargs["policy"]
+    policy_class = spec.algorithm.policy_aliases.get(policy) if isinstance(policy, str) else policy
+    policy_kwargs = spec.kwargs.get("policy_kwargs")
+    if inspect.isclass(policy_class) and isinstance(policy_kwargs, Mapping):
+        _check_names(f"the policy of {spec.name}", "policy_kwargs.", policy_kwargs, policy_class)
+
+
+def _check_names(owner: str, prefix: str, given: Iterable[str], constructed: type) -> None:
+    """Refuse names that are no arguments of a constructor."""
+    known = [name for name in _argument_names(constructed) if not name.startswith("_") and name not in GIVEN]
+    for name in given:
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {prefix}{meant[0]}?" if meant else f"choose from {', '.join(known)}"
+            raise ValueError(f"--set {prefix}{name}: {owner} has no such argument; {hint}")
+
+
+def _argument_names(constructed: type) -> list[str]:
+    """Arguments of a constructor, and of those that it hands others on to."""
+    names: list[str] = []
+    for constructor in (vars(base)["__init__"] for base in constructed.__mro__ if "__init__" in vars(base)):
+        parameters = inspect.signature(constructor).parameters.values()
+        kinds = {parameter.name: parameter.kind for parameter in parameters}
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names += [name for name, kind in kinds.items() if kind in named]
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            break
+    return list(dict.fromkeys(names))
 
 
 def _nested_copy(mapping: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from sb3_agpo.benchmark.results import Results
-from sb3_agpo.benchmark.statistics import bootstrap_interval, interquartile_mean, mean, performance_profile
+from sb3_agpo.benchmark.statistics import (
+    ScoredRuns,
+    bootstrap_interval,
+    interquartile_mean,
+    mean,
+    performance_profile,
+    score_interval,
+)
 from sb3_agpo.tracking.figures import FONT, RESOLUTION, thousands
 
 Array = NDArray[np.float64]
@@ -149,12 +156,13 @@ def _draw_scores(axes: Axes, results: Results, algorithm: str, style: Style) -> 
     first = max(results.grid(algorithm, task)[0] / results.budgets[task] for task in tasks)
     fractions = np.arange(1, 21) / 20
     fractions = fractions[fractions >= first]
-    strata = []
+    runs = []
     for task in tasks:
         returns = results.matrix(algorithm, task, fractions * results.budgets[task])
-        strata.append(results.normalized(task, returns[np.isfinite(returns).all(axis=1)]))
-    band = bootstrap_interval(strata, interquartile_mean) if max(map(len, strata)) > 1 else None
-    _draw(axes, 100 * fractions, interquartile_mean(np.concatenate(strata)), band, style)
+        runs.append(results.scored(algorithm, task, returns[np.isfinite(returns).all(axis=1)]))
+    band = score_interval(runs, interquartile_mean) if max(len(of_task.returns) for of_task in runs) > 1 else None
+    center = interquartile_mean(np.concatenate([of_task.scores() for of_task in runs]))
+    _draw(axes, 100 * fractions, center, band, style)
 
 
 def _draw_task(axes: Axes, results: Results, algorithm: str, task: str, time: str | None, style: Style) -> None:
@@ -244,6 +252,22 @@ def learning_curves(results: Results, algorithms: Sequence[str], path: Path, tim
         figure.savefig(path, dpi=RESOLUTION)
 
 
+def profile_of(tasks: Sequence[ScoredRuns], thresholds: Array) -> tuple[Array, tuple[Array, Array] | None]:
+    """
+    The performance profile of an algorithm.
+
+    :param tasks: its final returns on each task
+    :param thresholds: scores, shape ``(n,)``
+    :return: fraction of runs above each of them, shape ``(n,)``, and its 95 % interval; None for single runs
+    """
+
+    def fractions(scores: Array, axis: int) -> Array:
+        return performance_profile(scores, thresholds, axis)
+
+    band = score_interval(tasks, fractions) if max(len(of_task.returns) for of_task in tasks) > 1 else None
+    return fractions(np.concatenate([of_task.scores() for of_task in tasks]), 0), band
+
+
 def profile(results: Results, algorithms: Sequence[str], path: Path) -> None:
     """
     Draw performance profiles: the fraction of runs above each normalised score, with 95 % bootstrap intervals.
@@ -259,10 +283,8 @@ def profile(results: Results, algorithms: Sequence[str], path: Path) -> None:
         # A single outlier must not squeeze the rest together.
         right = max(1.5, float(np.quantile(np.concatenate([np.concatenate(s) for s in scores.values()]), 0.97)))
         thresholds = np.linspace(0, right, 121)
-        for algorithm, strata in reversed(scores.items()):
-            indicators = [np.asarray(stratum[:, None] > thresholds, dtype=float) for stratum in strata]
-            band = bootstrap_interval(indicators, mean) if max(map(len, strata)) > 1 else None
-            center = performance_profile(np.concatenate(strata), thresholds)
+        for algorithm in reversed(scores):
+            center, band = profile_of(results.final_runs(algorithm), thresholds)
             _draw(axes, thresholds, center, band, style_of(algorithm, results.algorithms))
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlim(0, right)

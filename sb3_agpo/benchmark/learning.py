@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import argparse
 import ast
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
-from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, find_algorithm, torch_module
+from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, check_arguments, find_algorithm, torch_module
+from sb3_agpo.benchmark.plan import RunPlan, counterparts, differences, title
+from sb3_agpo.benchmark.pool import Pool
 from sb3_agpo.benchmark.records import BUDGETS, RunKey
-from sb3_agpo.benchmark.run import EXIT_BUSY, RunPlan, child
 from sb3_agpo.command_line import check_at_least
 
 OTHER_BUDGET = 50_000
 DEFAULT_OUTPUT = Path("docs/benchmarks/learning.csv")
-# Read by the numerical libraries when they are loaded, so they have to be set before a run's process starts.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
     add("--models", type=Path, metavar="FOLDER", help="save models to this folder")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEPS", help="steps to save models at (default: the end)")
-    add("--redo", action="store_true", help="redo finished runs whose settings or library versions are different now")
+    add(
+        "--redo",
+        action="store_true",
+        help="redo finished runs whose settings, versions or --eval-every are different now",
+    )
     add("--dry-run", action="store_true", help="only print what is to be done")
 
 
@@ -127,6 +124,12 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.label in NAMES:
         raise ValueError(f"--label {options.label} is the name of an algorithm; choose another one")
+    if options.save_at and not options.models:
+        raise ValueError(f"--save-at {options.save_at[0]} saves nothing without a folder; add --models FOLDER")
+    if min(options.save_at, default=1) < 1:
+        raise ValueError(f"--save-at is {min(options.save_at)}; give numbers of 1 or more")
+    if options.models and options.models.exists() and not options.models.is_dir():
+        raise ValueError(f"--models: {options.models} is a file; give a folder")
     for env in options.envs:
         try:
             gym.spec(env)
@@ -145,6 +148,8 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
     _check(options)
     overrides = parse_overrides(options.overrides)
     specs = {name: find_algorithm(name, options.n_envs, overrides) for name in dict.fromkeys(options.algorithms)}
+    for spec in specs.values():
+        check_arguments(spec)
     plans = []
     for i, seed in enumerate(parse_seeds(options.seeds)):
         for env in dict.fromkeys(options.envs):
@@ -152,6 +157,8 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
                 if spec.algorithm is None and i > 0:
                     continue  # the random policy learns nothing: one run of many episodes says it all
                 budget = (options.steps or BUDGETS.get(env, OTHER_BUDGET)) if spec.algorithm else 0
+                if spec.algorithm and (late := [step for step in options.save_at if step > budget]):
+                    raise ValueError(f"--save-at {late[0]} is after the {budget} steps of {env}; give earlier ones or --steps")
                 key = RunKey(options.label or name, env, seed if spec.algorithm else 0, spec.settings_hash(), budget)
                 plan = RunPlan(
                     key, name, options.output, options.eval_every, options.threads, options.n_envs,
@@ -159,27 +166,6 @@ def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]
                 )  # fmt: skip
                 plans.append((plan, spec))
     return plans
-
-
-def differences(key: RunKey, own: bool, finished: list[records.Row]) -> str | None:
-    """
-    Compare a run with those in the file.
-
-    :param key: the run
-    :param own: whether this package's version matters to its results
-    :param finished: rows of the file
-    :return: None if the run is not in the file; else what differs, empty if nothing does
-    """
-    same = [row for row in finished if records.key_of(row)._replace(settings="") == key._replace(settings="")]
-    if not same:
-        return None
-    columns = [column for column in records.VERSION_COLUMNS if own or column != "sb3_agpo"]
-    now = {**records.versions(), "settings": key.settings}
-    changed = []
-    for column in [*columns, "settings"]:
-        if then := sorted({row[column] for row in same} - {now[column]}):
-            changed.append(f"{column} was {', '.join(then)}, is {now[column]}")
-    return "; ".join(changed)
 
 
 def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tuple[list[RunPlan], int]:
@@ -193,9 +179,10 @@ def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tup
     missing, outdated, n_finished = [], 0, 0
     finished = records.read_rows(runs[0][0].output) if runs else []
     for plan, spec in runs:
-        changed = differences(plan.key, spec.own, finished)
+        changed = differences(plan, spec.own, finished)
         if changed is None or (changed and redo):
-            missing.append(plan)
+            replaced = frozenset(records.key_of(row) for row in counterparts(plan.key, finished))
+            missing.append(replace(plan, replaced=replaced))
         elif changed:
             outdated += 1
             print(f"kept, not redone without --redo: {title(plan)} is finished, but {changed}", file=sys.stderr)
@@ -203,123 +190,6 @@ def select_missing(runs: list[tuple[RunPlan, AlgorithmSpec]], redo: bool) -> tup
             n_finished += 1
     print(f"{len(runs)} runs: {n_finished} finished, {outdated} finished but different, {len(missing)} to do", flush=True)
     return missing, outdated
-
-
-def title(plan: RunPlan) -> str:
-    """
-    Name a run for people.
-
-    :param plan: the run
-    :return: text
-    """
-    return f"{plan.key.algorithm} on {plan.key.env}, seed {plan.key.seed}"
-
-
-@dataclass
-class Running:
-    """A run in progress, as its parent sees it."""
-
-    plan: RunPlan
-    process: SpawnProcess
-    steps: int = 0
-    error: str = ""
-
-
-class Pool:
-    """
-    Does runs, each in a process of its own, and says how they go.
-
-    :param plans: the runs
-    :param processes: how many at the same time
-    """
-
-    def __init__(self, plans: Sequence[RunPlan], processes: int) -> None:
-        self.waiting = list(reversed(plans))
-        self.processes = processes
-        self.running: dict[Connection, Running] = {}
-        self.failed = 0
-        total = sum(plan.key.budget for plan in plans)
-        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
-
-    def work(self) -> int:
-        """
-        Do all the runs.
-
-        :return: number of runs that failed
-        """
-        try:
-            while self.waiting or self.running:
-                while self.waiting and len(self.running) < self.processes:
-                    self._start(self.waiting.pop())
-                for connection in wait(list(self.running)):
-                    assert isinstance(connection, Connection)
-                    self._receive(connection)
-        finally:
-            for running in self.running.values():
-                running.process.terminate()
-            self.bar.close()
-        return self.failed
-
-    def _start(self, plan: RunPlan) -> None:
-        context = multiprocessing.get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        # Not a daemon: an algorithm may want processes of its own.
-        process = context.Process(target=child, args=(plan, sender), daemon=False)
-        with thread_variables(plan.threads):
-            process.start()
-        sender.close()  # so that the pipe ends with the child
-        self.running[receiver] = Running(plan, process)
-
-    def _receive(self, connection: Connection) -> None:
-        running = self.running[connection]
-        try:
-            message = connection.recv()
-        except EOFError:
-            del self.running[connection]
-            self._finish(running)
-            return
-        if isinstance(message, str):
-            running.error = message
-            return
-        self._say(
-            f"{title(running.plan)}: return {float(message['return']):.1f} +- {float(message['return_std']):.1f} "
-            f"after {message['steps']} steps, {float(message['seconds']):.0f} s"
-        )
-        self.bar.update(min(int(message["steps"]), running.plan.key.budget) - running.steps)
-        running.steps = min(int(message["steps"]), running.plan.key.budget)
-
-    def _finish(self, running: Running) -> None:
-        running.process.join()
-        code = running.process.exitcode
-        if code == EXIT_BUSY:
-            self._say(f"{title(running.plan)}: left out, another process is at it")
-        elif code != 0:
-            self.failed += 1
-            self._say(f"{title(running.plan)}: FAILED, exit code {code}\n{running.error}".rstrip())
-        self.bar.update(running.plan.key.budget - running.steps)
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-@contextmanager
-def thread_variables(threads: int) -> Iterator[None]:
-    """
-    Set the environment variables that limit threads, for processes started meanwhile.
-
-    :param threads: the limit
-    """
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _work(plans: Sequence[RunPlan], options: argparse.Namespace) -> int:

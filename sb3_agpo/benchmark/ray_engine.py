@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,22 +20,34 @@ from tqdm import tqdm
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import find_algorithm
-from sb3_agpo.benchmark.learning import title
+from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, title
 from sb3_agpo.benchmark.ray_cluster import Queue, connected, ray
 from sb3_agpo.benchmark.recovery import Recovery
-from sb3_agpo.benchmark.run import BusyError, RunPlan, claimed, complete_row, describe, learn, prepare
+from sb3_agpo.benchmark.run import complete_row, describe, learn, prepare
 
 POLL = 0.2  # seconds between two looks at the cluster
 
 
 def recovery_of(plan: RunPlan) -> Recovery:
     """
-    Where a run keeps what another attempt goes on from.
+    Where a run keeps what another attempt of the same command goes on from.
+
+    Another command may be of other code or versions, so its runs start over.
 
     :param plan: the run
     :return: beside the file of its rows
     """
-    return Recovery(records.partial_folder(plan.output) / f"{plan.key.file_name}.recovery")
+    return Recovery(records.partial_folder(plan.output) / f"{plan.key.file_name}.{plan.command}.recovery")
+
+
+def forget_other_commands(plan: RunPlan) -> None:
+    """
+    Remove what commands that were ended have left of a run, on the machine that writes the results.
+
+    :param plan: the run, held by this process
+    """
+    for folder in records.partial_folder(plan.output).glob(f"{plan.key.file_name}.*.recovery"):
+        Recovery(folder).forget()
 
 
 def remote_run(index: int, attempt: int, plan: RunPlan, news: Queue) -> list[records.Row]:
@@ -55,7 +68,9 @@ def remote_run(index: int, attempt: int, plan: RunPlan, news: Queue) -> list[rec
         rows.append(complete_row(constants, numbers))
         news.put((index, attempt, rows[-1]))
 
-    learn(plan, spec, record, recovery_of(plan))
+    recovery = recovery_of(plan)
+    learn(plan, spec, record, recovery)
+    recovery.forget()  # here, as nobody else may see this machine's folder
     return rows
 
 
@@ -82,7 +97,12 @@ class RayPool:
     """
 
     def __init__(self, plans: Sequence[RunPlan], processes: int, address: str | None, retries: int) -> None:
-        self.plans = [replace(plan, output=plan.output.resolve()) for plan in plans]
+        command = uuid.uuid4().hex[:8]
+        # Workers have folders of their own, so that relative paths would lead elsewhere.
+        self.plans = [
+            replace(plan, output=plan.output.resolve(), models=plan.models and plan.models.resolve(), command=command)
+            for plan in plans
+        ]
         self.processes, self.address, self.retries = processes, address, retries
         self.runs: dict[int, RemoteRun] = {}
         self.pending: dict[Any, int] = {}  # task -> index of its run
@@ -95,7 +115,7 @@ class RayPool:
         Do all the runs.
 
         :return: number of runs that failed
-        :raises ConnectionError: if there is no cluster at the address
+        :raises ValueError: if there is no cluster at the address
         """
         threads = self.plans[0].threads
         try:
@@ -117,17 +137,17 @@ class RayPool:
         return self.failed
 
     def _claim(self, index: int, plan: RunPlan) -> None:
-        """Start a run, unless another process is at it."""
+        """Start a run, unless another process is at it or has finished it."""
+        spec = find_algorithm(plan.base, plan.n_envs, plan.overrides)
         claim = ExitStack()
         try:
-            file = claim.enter_context(claimed(plan))
-        except BusyError:
-            self._say(f"{title(plan)}: left out, another process is at it")
+            file = claim.enter_context(claimed(plan, spec.own))
+        except BusyError as error:
+            self._say(f"{title(plan)}: left out, {error}")
             self.bar.update(plan.key.budget)
             return
-        spec = find_algorithm(plan.base, plan.n_envs, plan.overrides)
         records.remember_settings(plan.output, plan.key.settings, spec.settings())
-        recovery_of(plan).forget()  # of an earlier command, perhaps of other code: its runs start over
+        forget_other_commands(plan)
         self.runs[index] = RemoteRun(plan, file, claim)
         self._submit(index)
 
@@ -169,7 +189,7 @@ class RayPool:
             self.failed += 1
             self._say(f"{title(run.plan)}: FAILED\n{''.join(traceback.format_exception_only(error))}".rstrip())
         else:
-            records.merge_run(run.plan.output, run.plan.key, rows)
+            records.merge_run(run.plan.output, run.plan.key, rows, run.plan.replaced)
             records.partial_path(run.plan.output, run.plan.key).unlink()
             recovery_of(run.plan).forget()
         run.claim.close()

@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,35 +140,43 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, growing: bool = False) -> list[Row]:
     """
     Read a CSV file of evaluations.
 
     :param path: the file
-    :return: its rows, none if there is no such file; a last line cut off by a crash is dropped
-    :raises ValueError: if a column is missing
+    :param growing: whether rows are added to it as they come, so that a crash can cut the last line off, which is dropped
+    :return: its rows, with columns that are not ours too; none if there is no such file
+    :raises ValueError: if it is a folder, a column is missing, or a row has not as many entries as there are columns
     """
     try:
         text = path.read_text()
     except FileNotFoundError:
         return []
-    complete = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(complete))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the name of a CSV file") from error
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1] if growing else text))
     if missing := set(COLUMNS) - set(reader.fieldnames or COLUMNS):
         raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}; give a file that 'learning' wrote")
-    return list(reader)
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: line {reader.line_num} has not as many entries as there are columns; complete it")
+        rows.append(row)
+    return rows
 
 
-def to_csv(rows: Iterable[Mapping[str, Any]], header: bool) -> str:
+def to_csv(rows: Iterable[Mapping[str, Any]], header: bool, more: Iterable[str] = ()) -> str:
     """
     Write rows as CSV.
 
     :param rows: evaluations, with all of ``COLUMNS``
     :param header: whether to begin with the column names
+    :param more: other columns, left empty in rows without them
     :return: the text
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [*COLUMNS, *more], lineterminator="\n")
     if header:
         writer.writeheader()
     writer.writerows(rows)
@@ -272,30 +281,35 @@ def read_all(output: Path) -> list[Row]:
     :return: its rows, then those of unfinished runs that it does not hold
     """
     rows = read_rows(output)
-    finished = {key_of(row) for row in rows}
-    for path in sorted(partial_folder(output).glob("*.csv")):
-        rows += [row for row in read_rows(path) if key_of(row) not in finished]
-    return rows
+    return rows + read_unfinished(output, rows)
 
 
-def merge_run(output: Path, key: RunKey, rows: list[Row]) -> None:
+def read_unfinished(output: Path, finished: list[Row]) -> list[Row]:
+    """
+    Read unfinished runs.
+
+    :param output: the CSV file of finished runs
+    :param finished: its rows
+    :return: rows of runs that it does not hold
+    """
+    keys = {key_of(row) for row in finished}
+    unfinished = [row for path in sorted(partial_folder(output).glob("*.csv")) for row in read_rows(path, growing=True)]
+    return [row for row in unfinished if key_of(row) not in keys]
+
+
+def merge_run(output: Path, key: RunKey, rows: list[Row], replaced: frozenset[RunKey] = frozenset()) -> None:
     """
     Move a finished run into the CSV file of finished runs.
-
-    Rows of the same algorithm, environment, seed and budget are replaced, whatever their settings and versions: by now the
-    user has said that they are to be redone.
 
     :param output: the CSV file of finished runs
     :param key: the run
     :param rows: all its evaluations
+    :param replaced: runs whose place it takes, as the user has said that they are to be redone; all others stay
     """
-
-    def same_run(row: Row) -> bool:
-        return key_of(row)._replace(settings="") == key._replace(settings="")
-
     with locked(output):
-        kept = [row for row in read_rows(output) if not same_run(row)]
-        replace_file(output, to_csv(kept + rows, header=True))
+        kept = [row for row in read_rows(output) if key_of(row) not in {key, *replaced}]
+        more = [column for column in dict.fromkeys(chain(*kept)) if column not in COLUMNS]  # somebody's own
+        replace_file(output, to_csv(kept + rows, header=True, more=more))
 
 
 def settings_path(output: Path) -> Path:
@@ -306,6 +320,24 @@ def settings_path(output: Path) -> Path:
     :return: path of a JSON file
     """
     return output.with_name(f"{output.stem}_settings.json")
+
+
+def own_settings(output: Path, rows: Iterable[Row]) -> set[str]:
+    """
+    Find the settings of algorithms that are this package's code.
+
+    :param output: the CSV file of finished runs
+    :param rows: evaluations
+    :return: hashes; where their meaning is not kept, names that begin with ``agpo`` decide
+    """
+    path = settings_path(output)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    own = set()
+    for row in rows:
+        settings = known.get(row["settings"])
+        if row["algorithm"].startswith("agpo") if settings is None else settings["algorithm"].startswith("sb3_agpo."):
+            own.add(row["settings"])
+    return own
 
 
 def remember_settings(output: Path, settings_hash: str, settings: Mapping[str, Any]) -> None:

@@ -48,24 +48,28 @@ class Recovery:
             print(f"starting over, as the checkpoint in {self.checkpoints} cannot be used: {error}", file=sys.stderr)
             return None
 
-    def replay(self, steps: int, record: Record) -> tuple[float, float]:
+    def replay(self, steps: int, budget: int, record: Record) -> tuple[float, float]:
         """
         Record the evaluations that took place before a checkpoint once more, and forget later ones.
 
+        That at the end of the budget is forgotten too: a run that goes on from its last checkpoint makes it again.
+
         :param steps: environment steps at the checkpoint; 0 for a run that starts over
+        :param budget: environment steps of the whole run
         :param record: called with the numbers of each evaluation
-        :return: wall-clock and processor seconds of learning until the last of them
+        :return: wall-clock and processor seconds of learning until the checkpoint's last evaluation
         """
-        kept: list[dict[str, Any]] = []
+        passed: list[dict[str, Any]] = []
         if self.evaluations.exists():
             lines = self.evaluations.read_text().splitlines(keepends=True)
             all_numbers = [json.loads(line) for line in lines if line.endswith("\n")]  # a crash can cut the last one off
-            kept = [numbers for numbers in all_numbers if 0 < numbers["steps"] <= steps]
+            passed = [numbers for numbers in all_numbers if 0 < numbers["steps"] <= steps]
+        kept = [numbers for numbers in passed if numbers["steps"] < budget]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.evaluations.write_text("".join(f"{json.dumps(numbers)}\n" for numbers in kept))
         for numbers in kept:
             record(numbers)
-        return (kept[-1]["seconds"], kept[-1]["cpu_seconds"]) if kept else (0.0, 0.0)
+        return (passed[-1]["seconds"], passed[-1]["cpu_seconds"]) if passed else (0.0, 0.0)
 
     def recorder(self, record: Record) -> Record:
         """

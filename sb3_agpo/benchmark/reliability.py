@@ -75,15 +75,22 @@ def main(options: argparse.Namespace) -> int:
     """
     _check(options)
     output, page = options.output.absolute(), options.page.absolute()
-    results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    results = _read(output)
     for name in options.sections:
         if name not in results or options.redo:
-            results[name] = _measure(name, options)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            records.replace_file(output, json.dumps(results, indent=1) + "\n")
-            records.update_page(page, "reliability", markdown(results))
+            result = _measure(name, options)
+            with records.locked(output):  # another command may have added sections meanwhile
+                results = _read(output) | {name: result}
+                records.replace_file(output, json.dumps(results, indent=1) + "\n")
+                records.update_page(page, "reliability", markdown(results))
     print(markdown(results))
     return 0 if all(held(name, results[name]) for name in options.sections) else 1
+
+
+def _read(output: Path) -> dict[str, Any]:
+    """Figures of all sections that are done; none if there is no file yet."""
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    return found
 
 
 def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_agpo.benchmark.costs import TIMES, costs_of_steps
-from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row, RunKey, key_of, read_all, read_rows
-from sb3_agpo.benchmark.statistics import first_reached, mean
+from sb3_agpo.benchmark.costs import TIMES
+from sb3_agpo.benchmark.records import BUDGETS, Row
+from sb3_agpo.benchmark.statistics import ScoredRuns, first_reached, mean
 
 Array = NDArray[np.float64]
 
 RANDOM = "random"
+BASELINE = "sac"  # unless another one is asked for
 VARIANTS = ("", "-nomatch", "-windows")
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
@@ -88,6 +88,16 @@ class Results:
         """All algorithms, in the order of display."""
         return sorted(self.curves, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
+    def all_curves(self) -> Iterator[tuple[str, str, Curve]]:
+        """
+        Go through all runs.
+
+        :return: algorithm, task and curve of each
+        """
+        for algorithm, tasks in self.curves.items():
+            for task, curves in tasks.items():
+                yield from ((algorithm, task, curve) for curve in curves)
+
     @property
     def tasks(self) -> list[str]:
         """All tasks, in the order of display."""
@@ -123,17 +133,27 @@ class Results:
             return None
         return self.random[task], float(mean(finals))
 
-    def normalized(self, task: str, returns: Array) -> Array:
+    def scored(self, algorithm: str, task: str, returns: Array) -> ScoredRuns:
         """
-        Turn returns into normalised scores.
+        Returns with what makes normalised scores of them.
 
+        :param algorithm: its name
         :param task: one of ``scored_tasks``
-        :param returns: any shape
-        :return: same shape
+        :param returns: of its runs, shape ``(n_runs, ...)``, the last ones of each run being the final ones
+        :return: the same with the returns of the baseline and of the random policy
         """
-        scale = self.scale(task)
-        assert scale is not None
-        return (returns - scale[0]) / (scale[1] - scale[0])
+        baseline = None if algorithm == self.baseline else self.final(self.baseline, task)
+        return ScoredRuns(returns, baseline, self.random[task])
+
+    def final_runs(self, algorithm: str) -> list[ScoredRuns]:
+        """
+        Final returns with what makes normalised scores of them.
+
+        :param algorithm: its name
+        :return: for each of ``scored_tasks`` that the algorithm has finished runs of
+        """
+        runs = [self.scored(algorithm, task, self.final(algorithm, task)) for task in self.scored_tasks]
+        return [of_task for of_task in runs if len(of_task.returns)]
 
     def scores(self, algorithm: str) -> list[Array]:
         """
@@ -142,8 +162,7 @@ class Results:
         :param algorithm: its name
         :return: for each of ``scored_tasks`` that the algorithm has finished runs of, the scores of its runs
         """
-        scores = [self.normalized(task, self.final(algorithm, task)) for task in self.scored_tasks]
-        return [task_scores for task_scores in scores if len(task_scores)]
+        return [of_task.scores() for of_task in self.final_runs(algorithm)]
 
     def complete(self, algorithm: str) -> bool:
         """
@@ -198,208 +217,3 @@ class Results:
             float(steps[index]),
             *(float(mean(self.matrix(algorithm, task, steps[index : index + 1], column)[:, 0])) for column in columns),
         )
-
-
-def load(
-    path: Path,
-    baseline: str = "sac",
-    algorithms: Sequence[str] | None = None,
-    live: bool = False,
-    steps: int | None = None,
-    costs: Path | None = None,
-) -> Results:
-    """
-    Read what can be compared from a CSV file.
-
-    :param path: as ``learning`` wrote it
-    :param baseline: algorithm whose final return is a normalised score of 1
-    :param algorithms: names to be used besides the baseline and the random policy; None: all
-    :param live: whether to use unfinished runs as well
-    :param steps: environment steps to compare at, where budgets are larger; None: the budgets
-    :param costs: CSV file of short runs to reckon times from; None: times are those of the runs
-    :return: the results
-    :raises ValueError: if there is nothing in it, ``steps`` lies between two evaluations, or ``costs`` lacks a run
-    """
-    rows = read_all(path) if live else read_rows(path)
-    if not rows:
-        raise ValueError(f"{path} has no evaluations; run 'python -m sb3_agpo.benchmark learning --output {path}' first")
-    results = Results(baseline, costs=costs)
-    runs = _group(rows, results)
-    wanted = None if algorithms is None else {baseline, *algorithms}
-    runs = {key: run for key, run in runs.items() if wanted is None or wanted & {key.algorithm, run[0]["algorithm"]}}
-    if steps is not None:
-        _check_steps(steps, runs)
-    _find_budgets(runs, results, steps)
-    for key, run in _choose(runs, results).items():
-        curve = _curve(key, run, results.budgets[key.env])
-        results.curves.setdefault(key.algorithm, {}).setdefault(key.env, []).append(curve)
-        results.rows += run
-    if costs is not None:
-        _reckon_times(results, costs)
-    _note_missing(results)
-    _note_mixtures(results)
-    return results
-
-
-def _check_steps(steps: int, runs: dict[RunKey, list[Row]]) -> None:
-    """
-    Check the number of steps to compare at.
-
-    :param steps: the number
-    :param runs: all runs
-    :raises ValueError: if it is not positive, or lies between two evaluations
-    """
-    intervals = {int(run[0]["eval_every"]) for run in runs.values()}
-    if steps <= 0 or any(steps % interval for interval in intervals):
-        every = " and ".join(f"{interval:,}" for interval in sorted(intervals))
-        raise ValueError(f"`--steps` is {steps}; give a multiple of the {every} steps between evaluations")
-
-
-def _group(rows: list[Row], results: Results) -> dict[RunKey, list[Row]]:
-    """
-    Group rows by run; the random policy goes to the results, different settings of an algorithm get different names.
-
-    :param rows: of the file
-    :param results: gets the random policy's returns and notes
-    :return: run -> its rows in order
-    """
-    settings = defaultdict(set)
-    for row in rows:
-        settings[row["algorithm"]].add(row["settings"])
-    runs: dict[RunKey, list[Row]] = defaultdict(list)
-    for row in rows:
-        key = key_of(row)
-        if key.algorithm == RANDOM:
-            results.random[key.env] = float(row["return"])
-            results.rows.append(row)
-            continue
-        if len(settings[key.algorithm]) > 1:
-            key = key._replace(algorithm=f"{key.algorithm} [{key.settings}]")
-        runs[key].append(row)
-    for algorithm, hashes in sorted(settings.items()):
-        if len(hashes) > 1:
-            results.notes.append(f"`{algorithm}` has runs of {len(hashes)} different settings, shown apart by their hashes.")
-    return {key: sorted(run, key=lambda row: int(row["steps"])) for key, run in runs.items()}
-
-
-def _find_budgets(runs: dict[RunKey, list[Row]], results: Results, steps: int | None = None) -> None:
-    """
-    Choose the number of steps to compare at: for each task the one that most of the baseline's runs have.
-
-    :param runs: all runs
-    :param results: gets the budgets
-    :param steps: no more than these, if given
-    """
-    for task in {key.env for key in runs}:
-        of_task = [key for key in runs if key.env == task]
-        counts = Counter(key.budget for key in of_task if key.algorithm == results.baseline)
-        counts = counts or Counter(key.budget for key in of_task)
-        usual = max(counts, key=lambda budget: (counts[budget], budget))
-        results.budgets[task] = usual if steps is None else min(usual, steps)
-
-
-def _choose(runs: dict[RunKey, list[Row]], results: Results) -> dict[RunKey, list[Row]]:
-    """
-    Choose one run per algorithm, task and seed.
-
-    :param runs: all runs
-    :param results: with the budgets; gets notes
-    :return: of each the shortest run that is long enough
-    """
-    chosen: dict[tuple[str, str, int], RunKey] = {}
-    too_short: Counter[tuple[str, str]] = Counter()
-    for key in sorted(runs, key=lambda key: (key.algorithm, key.env, key.seed, key.budget)):
-        if key.budget < results.budgets[key.env]:
-            too_short[key.algorithm, key.env] += 1
-        else:
-            chosen.setdefault((key.algorithm, key.env, key.seed), key)
-    for (algorithm, task), count in sorted(too_short.items()):
-        results.notes.append(
-            f"{count} run(s) of `{algorithm}` on {task} are left out: shorter than the {results.budgets[task]} steps compared."
-        )
-    return {key: runs[key] for key in chosen.values()}
-
-
-def _curve(key: RunKey, run: list[Row], budget: int) -> Curve:
-    """
-    Make a curve of a run.
-
-    :param key: the run
-    :param run: its rows in order
-    :param budget: steps to cut it at
-    :return: the curve
-    """
-    steps = np.array([int(row["steps"]) for row in run], dtype=float)
-    interval = int(run[0]["eval_every"])
-    nominal = np.where(steps >= key.budget, key.budget, steps // interval * interval)
-    keep = nominal <= budget
-    columns = ("return", "simulator_calls", *TIMES)
-    quantities = {column: np.array([float(row[column]) for row in run])[keep] for column in columns}
-    return Curve(key.seed, key.settings, nominal[keep], quantities)
-
-
-def _reckon_times(results: Results, costs: Path) -> None:
-    """
-    Replace the times of runs, which may be of different machines and days, by steps times the cost of a step.
-
-    :param results: the runs; gets other times
-    :param costs: CSV file of short runs
-    :raises ValueError: if an algorithm has no run there on one of its tasks
-    """
-    known = costs_of_steps(costs)
-    curves = (
-        (name, task, curve) for name, tasks in results.curves.items() for task, of_task in tasks.items() for curve in of_task
-    )
-    for name, task, curve in curves:
-        if (curve.settings, task) not in known:
-            raise ValueError(f"{costs} has no run of `{name}` ({curve.settings}) on {task}; see 'learning'")
-        curve.quantities.update({column: curve.steps * cost for column, cost in known[curve.settings, task].items()})
-
-
-def _note_missing(results: Results) -> None:
-    """
-    Say what there are no results of.
-
-    :param results: gets notes
-    """
-    notes = results.notes
-    if results.baseline not in results.curves:
-        others = [f"`{name}`" for name in results.algorithms if name.startswith(f"{results.baseline} [")]
-        hint = f"; give one of {', '.join(others)}" if others else ""
-        notes.append(f"There are no runs of the baseline `{results.baseline}`, hence no normalised scores{hint}.")
-    else:
-        for task in results.tasks:
-            if task not in results.random:
-                notes.append(f"{task} has no normalised scores: the random policy was not run.")
-            elif not len(results.final(results.baseline, task)):
-                notes.append(f"{task} has no normalised scores: no run of `{results.baseline}` is finished.")
-            elif results.scale(task) is None:
-                notes.append(f"{task} has no normalised scores: `{results.baseline}` is no better than the random policy.")
-    for algorithm in results.algorithms:
-        missing = [task for task in results.tasks if not len(results.final(algorithm, task))]
-        if missing:
-            notes.append(f"`{algorithm}` has no finished runs on {', '.join(missing)}.")
-        if results.scored_tasks and not results.complete(algorithm):
-            notes.append(f"`{algorithm}`: its IQM is over fewer tasks than others'; left out of the figures over all tasks.")
-    if absent := [name for name in ORDER if name not in results.curves]:
-        notes.append(f"No runs of {', '.join(f'`{name}`' for name in absent)}.")
-    if absent := [task for task in BUDGETS if task not in results.budgets]:
-        notes.append(f"No runs on {', '.join(absent)}.")
-
-
-def _note_mixtures(results: Results) -> None:
-    """
-    Say where runs were made under different circumstances.
-
-    :param results: gets notes
-    """
-    for column in (*VERSION_COLUMNS, "machine", "threads"):
-        # The package's version says nothing about algorithms that are not its own.
-        own_only = column == "sb3_agpo"
-        found = {row[column] for row in results.rows if not own_only or row["algorithm"].startswith("agpo")}
-        if len(found) > 1:
-            of_time = column in ("machine", "threads")
-            if of_time and results.costs:
-                continue
-            consequence = " times are not comparable" if of_time else " returns may differ for it"
-            results.notes.append(f"Runs differ in `{column}` ({', '.join(sorted(found))}):{consequence}.")

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -21,11 +16,11 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import AlgorithmSpec, find_algorithm
-from sb3_agpo.benchmark.records import RunKey
+from sb3_agpo.benchmark.clock import LearningClock
+from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed
 from sb3_agpo.benchmark.recovery import Recovery
 
 EVALUATION_SEED = 1_000_000  # far from the seeds of training environments, which count up from the run's seed
@@ -34,79 +29,7 @@ FINAL_EPISODES = 10
 RANDOM_EPISODES = 20
 
 EXIT_FAILED = 1
-EXIT_BUSY = 75  # another process is at the same run (the value of os.EX_TEMPFAIL)
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """
-    A run to be done; small enough to be sent to another process.
-
-    :param key: algorithm column, environment, seed, settings and budget
-    :param base: name of the algorithm that ``overrides`` change
-    :param output: CSV file of finished runs
-    :param eval_every: environment steps between evaluations
-    :param threads: torch threads
-    :param n_envs: number of training environments; None: the algorithm's own
-    :param overrides: constructor arguments to change
-    :param models: folder to save models to; None: do not
-    :param save_at: environment steps at which to save; empty: at the end
-    """
-
-    key: RunKey
-    base: str
-    output: Path
-    eval_every: int
-    threads: int = 1
-    n_envs: int | None = None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    models: Path | None = None
-    save_at: tuple[int, ...] = ()
-
-
-class LearningClock:
-    """
-    Wall-clock and processor time spent in learning, evaluations left out.
-
-    :param env: training environments; processes of theirs count as processor time too
-    :param before: wall-clock and processor seconds of an earlier attempt that this one goes on from
-    """
-
-    def __init__(self, env: VecEnv, before: tuple[float, float] = (0.0, 0.0)) -> None:
-        self._processes = [process.pid for process in getattr(env, "processes", [])]
-        self._seconds, self._cpu_seconds = before
-        self._started: tuple[float, float] | None = None
-
-    def _now(self) -> tuple[float, float]:
-        cpu_seconds = time.process_time()
-        for process in self._processes:
-            try:
-                # User and system time, the 14th and 15th field; the second one, the name, may contain spaces.
-                fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-                cpu_seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            except OSError:
-                pass  # no /proc on this system: only this process counts
-        return time.perf_counter(), cpu_seconds
-
-    def start(self) -> None:
-        """Count from now on."""
-        self._started = self._now()
-
-    def stop(self) -> None:
-        """Stop counting, if it was started."""
-        if self._started is not None:
-            seconds, cpu_seconds = self._now()
-            self._seconds += seconds - self._started[0]
-            self._cpu_seconds += cpu_seconds - self._started[1]
-            self._started = None
-
-    def read(self) -> tuple[float, float]:
-        """
-        Time counted so far; only while stopped.
-
-        :return: wall-clock seconds, processor seconds
-        """
-        return self._seconds, self._cpu_seconds
+EXIT_BUSY = 75  # another process is at the same run, or has finished it (the value of os.EX_TEMPFAIL)
 
 
 class Evaluator:
@@ -195,7 +118,7 @@ class EvaluationCallback(BaseCallback):
     def _on_training_start(self) -> None:
         # What a run that goes on from a checkpoint has behind it, it does not do again
         self.next_evaluation = (self.num_timesteps // self.plan.eval_every + 1) * self.plan.eval_every
-        self.to_save = [step for step in self.to_save if step > self.num_timesteps]
+        self.to_save = [step for step in self.to_save if step > self.num_timesteps or step == self.plan.key.budget]
         self.clock.start()
 
     def _on_step(self) -> bool:
@@ -278,7 +201,7 @@ def learn(
         model = spec.algorithm(env=env, seed=plan.key.seed, **spec.kwargs)
     clock = LearningClock(env)
     if recovery is not None:
-        clock = LearningClock(env, recovery.replay(model.num_timesteps, record))
+        clock = LearningClock(env, recovery.replay(model.num_timesteps, plan.key.budget, record))
         record = recovery.recorder(record)
     callbacks: list[BaseCallback] = [EvaluationCallback(plan, record, clock)]
     if recovery is not None and spec.own:
@@ -340,7 +263,7 @@ def execute(plan: RunPlan, spec: AlgorithmSpec, file: Any, notify: Callable[[rec
 
     records.remember_settings(plan.output, plan.key.settings, spec.settings())
     learn(plan, spec, record)
-    records.merge_run(plan.output, plan.key, rows)
+    records.merge_run(plan.output, plan.key, rows, plan.replaced)
     records.partial_path(plan.output, plan.key).unlink()
 
 
@@ -354,10 +277,6 @@ def show_warnings_once() -> None:
             print(f"MuJoCo warns: {text.strip()}", file=sys.stderr, flush=True)
 
     mujoco.set_mju_user_warning(show)
-
-
-class BusyError(RuntimeError):
-    """Another process is at the same run."""
 
 
 def prepare(plan: RunPlan) -> AlgorithmSpec:
@@ -376,39 +295,19 @@ def prepare(plan: RunPlan) -> AlgorithmSpec:
     return spec
 
 
-@contextmanager
-def claimed(plan: RunPlan) -> Iterator[IO[str]]:
-    """
-    Hold a run, so that no other process does it meanwhile.
-
-    :param plan: the run
-    :return: context with the run's own file, open for writing
-    :raises BusyError: if another process holds it
-    """
-    path = records.partial_path(plan.output, plan.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError from None
-        if not path.exists():
-            raise BusyError  # another process finished the run between the opening and the locking
-        yield file
-
-
 def child(plan: RunPlan, connection: Connection) -> None:
     """
     Do a run in a process of its own; ends the process.
 
     :param plan: the run
-    :param connection: takes every row as a dictionary, and the traceback of a failure as a string
+    :param connection: takes every row as a dictionary, and as a string why a run is left out or the traceback of a failure
     """
     try:
         spec = prepare(plan)
-        with claimed(plan) as file:
+        with claimed(plan, spec.own) as file:
             execute(plan, spec, file, connection.send)
-    except BusyError:
+    except BusyError as error:
+        connection.send(str(error))
         raise SystemExit(EXIT_BUSY) from None
     except Exception:
         try:

@@ -100,12 +100,15 @@ def main(options: argparse.Namespace) -> int:
     effort = Effort(seconds, least, always_wall=options.clock == "wall", quick=options.quick)
     with torch_threads(1):
         for case in tqdm(missing, desc="speed", unit="row"):
-            results[case] = MEASURES[case.measure].measure(case, effort)
-            remember(notes, case, options.clock)
-            write(output, results)
+            medians = MEASURES[case.measure].measure(case, effort)
+            with records.locked(output):  # another command may have added rows meanwhile
+                results = read(output) | {case: medians}
+                remember(notes, case, options.clock)
+                write(output, results)
     texts = joined_circumstances(_read_notes(notes).values())
     if page is not None:
-        records.update_page(page.absolute(), "speed", tables(results, texts))
+        with records.locked(output):
+            records.update_page(page.absolute(), "speed", tables(read(output), texts))
     print(tables({case: results[case] for case in cases}, texts))
     return 0
 

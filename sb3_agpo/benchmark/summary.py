@@ -8,8 +8,8 @@ from pathlib import Path
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.results import Results
-from sb3_agpo.benchmark.statistics import interquartile_mean, mean
-from sb3_agpo.benchmark.tables import NONE, estimate, highlighted, number, table
+from sb3_agpo.benchmark.statistics import mean
+from sb3_agpo.benchmark.tables import NONE, estimated_score, highlighted, number, table
 
 #: name of the markers on a page
 MARKER = "summary"
@@ -35,7 +35,7 @@ def summary_table(results: Results, algorithms: Sequence[str], time: str) -> str
         taken = [_taken(results, algorithm, task, time) for algorithm in algorithms]
         rows.append([task, _thousands(results.budgets[task]), *highlighted(texts, finals), *taken])
     if results.scored_tasks:
-        scores = [estimate(results.scores(algorithm), interquartile_mean) for algorithm in algorithms]
+        scores = [estimated_score(results.final_runs(algorithm)) for algorithm in algorithms]
         rows.append(["score: interquartile mean", "", *scores, *[""] * len(names)])
     reckoned = "; time is steps times what one costs beside the others" if results.costs else ""
     explained = (
@@ -53,8 +53,8 @@ def check_page(page: Path) -> None:
     :param page: Markdown file
     :raises ValueError: if there is no such page, or it has no markers
     """
-    if not page.exists():
-        raise ValueError(f"--page: there is no {page}")
+    if not page.is_file():
+        raise ValueError(f"--page: there is no file {page}")
     records.check_markers(page, MARKER)
 
 

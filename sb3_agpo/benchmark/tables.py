@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_agpo.benchmark.statistics import bootstrap_interval, mean
+from sb3_agpo.benchmark.statistics import ScoredRuns, bootstrap_interval, interquartile_mean, mean, score_interval
 
 Array = NDArray[np.float64]
 
@@ -38,21 +38,35 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n"
 
 
-def estimate(strata: Sequence[Array], statistic: Callable[[Array, int], Array]) -> str:
+def estimated_mean(values: Array) -> str:
     """
-    Write a statistic with its 95 % bootstrap interval.
+    Write a mean with its 95 % bootstrap interval.
 
-    :param strata: values of the runs of each task
-    :param statistic: of an array along an axis
+    :param values: of the runs of a task
+    :return: for example ``1.02 [0.95, 1.10]``; without an interval if there is but one run
+    """
+    if not len(values):
+        return NONE
+    return _with_interval(mean(values), bootstrap_interval([values], mean) if len(values) > 1 else None)
+
+
+def estimated_score(tasks: Sequence[ScoredRuns]) -> str:
+    """
+    Write the interquartile mean of normalised scores with its 95 % bootstrap interval.
+
+    :param tasks: runs of each task
     :return: for example ``1.02 [0.95, 1.10]``; without an interval if there is but one run of each task
     """
-    if not strata:
+    if not tasks:
         return NONE
-    center = number(float(statistic(np.concatenate(strata), 0)))
-    if max(len(stratum) for stratum in strata) < 2:
-        return center
-    low, high = bootstrap_interval(strata, statistic)
-    return f"{center} [{number(float(low))}, {number(float(high))}]"
+    center = interquartile_mean(np.concatenate([task.scores() for task in tasks]))
+    several = max(len(task.returns) for task in tasks) > 1
+    return _with_interval(center, score_interval(tasks, interquartile_mean) if several else None)
+
+
+def _with_interval(center: Array, bounds: tuple[Array, Array] | None) -> str:
+    """Write a number and its interval, if there is one."""
+    return " ".join([number(float(center)), *([f"[{', '.join(number(float(bound)) for bound in bounds)}]"] if bounds else [])])
 
 
 def highlighted(texts: Sequence[str], samples: Sequence[Array]) -> list[str]:

@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from sb3_agpo.benchmark.ray_cluster import connected, ray
-from sb3_agpo.command_line import check_at_least
+from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 from sb3_agpo.zoo.manager import AGPOExperimentManager
 from sb3_agpo.zoo.registration import register
 from sb3_agpo.zoo.scripts import PROGRAM, RAY_SEARCH, command_line
@@ -101,6 +101,27 @@ def open_storage(storage: str) -> optuna.storages.BaseStorage:
     return optuna.storages.JournalStorage(JournalFileBackend(storage))
 
 
+def make_study(storage: str, name: str) -> optuna.Study:
+    """
+    Make a study, or open it if it exists.
+
+    :param storage: as given to the zoo
+    :param name: of the study
+    :return: the study
+    :raises ValueError: if the storage cannot be opened
+    """
+    try:
+        if storage.endswith(".log"):
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.create_study(storage=open_storage(storage), study_name=name, direction="maximize", load_if_exists=True)
+    except Exception as error:  # each kind of storage has errors of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--storage {storage} cannot be opened ({type(error).__name__}: {reason}); "
+            "give a journal such as study.log, sqlite:///study.db or the URL of a database server"
+        ) from error
+
+
 class OneTrialManager(AGPOExperimentManager):
     """
     The zoo's experiments, with a search that adds one trial to an existing study and writes no report.
@@ -161,17 +182,14 @@ class RaySearch:
 
     :param options: see :func:`make_parser`
     :param arguments: all others, for the zoo
+    :raises ValueError: if the storage cannot be opened
     """
 
     def __init__(self, options: argparse.Namespace, arguments: Sequence[str]) -> None:
         self.options, self.folder = options, Path.cwd()
         self.storage = absolute_storage(options.storage)
-        if self.storage.endswith(".log"):
-            Path(self.storage).parent.mkdir(parents=True, exist_ok=True)
         # Here, as two workers that make it at the same time get into each other's way
-        self.study = optuna.create_study(
-            storage=open_storage(self.storage), study_name=options.study_name, direction="maximize", load_if_exists=True
-        )
+        self.study = make_study(self.storage, options.study_name)
         if "command" not in self.study.user_attrs:  # as the zoo does
             self.study.set_user_attr("command", " ".join(sys.orig_argv))
         self.arguments = [
@@ -191,7 +209,7 @@ class RaySearch:
         Do all the trials.
 
         :return: number of trials that are missing in the end
-        :raises ConnectionError: if there is no cluster at the address
+        :raises ValueError: if there is no cluster at the address
         """
         threads = self.options.num_threads
         try:
@@ -275,7 +293,7 @@ def main(arguments: Sequence[str]) -> int:
     Run the command.
 
     :param arguments: of the command line
-    :return: exit code: 1 if trials are missing in the end
+    :return: exit code: 1 if trials are missing in the end, 2 if there is no such storage or cluster
     """
     parser = make_parser()
     options, others = parser.parse_known_args(arguments)
@@ -284,8 +302,12 @@ def main(arguments: Sequence[str]) -> int:
         check_at_least(0, options, "retries")
     except ValueError as error:
         parser.error(str(error))
-    search = RaySearch(options, others)
-    missing = search.work()
+    try:
+        search = RaySearch(options, others)
+        missing = search.work()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     report(search.study)
     if missing:
         print(f"{missing} of {options.n_trials} trials are missing; the same command with --n-trials {missing} adds them",
