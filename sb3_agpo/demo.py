@@ -21,50 +21,15 @@ from stable_baselines3.common.logger import configure
 from tqdm import tqdm
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.benchmark.run import show_warnings_once
+from sb3_agpo.benchmark.run import Evaluator, show_warnings_once
 from sb3_agpo.command_line import EXIT_USAGE
-from sb3_agpo.demo_options import DEFAULT_MINUTES, check, parse
+from sb3_agpo.demo_options import check, parse
 from sb3_agpo.demo_training import (
-    EVALUATION_EPISODES,
-    EVALUATION_SHARE,
-    LOGS,
-    LOGS_PER_EVALUATION,
     Budget,
     DemoCallback,
-    DemoEvaluator,
     Evaluation,
     first_interrupt_stops,
 )
-
-__all__ = [
-    "BUFFER_SIZE",
-    "DEFAULT_MINUTES",
-    "EVALUATION_EPISODES",
-    "EVALUATION_SHARE",
-    "EXIT_INTERRUPTED",
-    "EXIT_USAGE",
-    "LOGS",
-    "LOGS_PER_EVALUATION",
-    "MAX_THREADS",
-    "NO_LIMIT",
-    "RANDOM_EPISODES",
-    "Budget",
-    "DemoCallback",
-    "DemoEvaluator",
-    "Evaluation",
-    "check",
-    "first_interrupt_stops",
-    "fresh_folder",
-    "limit_threads",
-    "main",
-    "make_model",
-    "parse",
-    "prepare",
-    "run",
-    "save",
-    "summary",
-    "train",
-]
 
 RANDOM_EPISODES = 10
 MAX_THREADS = 4  # networks of this size are too small to gain from more
@@ -215,7 +180,7 @@ def prepare(options: argparse.Namespace) -> tuple[AGPO, Evaluation, Path]:
     check(options)
     limit_threads()
     model = make_model(options)
-    with closing(DemoEvaluator(options.env)) as evaluator:
+    with closing(Evaluator(options.env)) as evaluator:
         random = Evaluation.of(0, evaluator.play_random(options.seed, RANDOM_EPISODES))
     folder = fresh_folder(options.output)
     model.set_logger(configure(str(folder), ["csv", "tensorboard"]))

@@ -8,12 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
-import gymnasium as gym
-import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -69,28 +67,6 @@ class Budget(NamedTuple):
         return max(by_time, by_steps)
 
 
-class DemoEvaluator(Evaluator):
-    """An evaluator whose environments can be closed, and which leaves none open when it plays at random."""
-
-    def play_random(self, seed: int, episodes: int) -> list[float]:
-        """
-        Play with uniformly random actions.
-
-        :param seed: seed of the actions
-        :param episodes: number of episodes
-        :return: undiscounted return of each
-        """
-        with closing(gym.make(self._name)) as env:
-            space = env.action_space
-        space.seed(seed)
-        return self.play(lambda observations: np.stack([space.sample() for _ in observations]), episodes)
-
-    def close(self) -> None:
-        """Close the environments; the next episodes are played in new ones."""
-        while self._envs:
-            self._envs.pop().close()
-
-
 class DemoCallback(BaseCallback):
     """
     Evaluates the deterministic policy in environments of its own, logs, moves the progress bar and ends the training.
@@ -105,7 +81,7 @@ class DemoCallback(BaseCallback):
 
     def __init__(self, env: str, budget: Budget, stop: threading.Event, bar: tqdm) -> None:
         super().__init__()
-        self.evaluator = DemoEvaluator(env)
+        self.evaluator = Evaluator(env)
         self.budget, self.stop, self.bar = budget, stop, bar
         self.evaluations: list[Evaluation] = []
         self.seconds = self.evaluation_seconds = 0.0

@@ -24,7 +24,10 @@ import pytest
 import torch as th
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sb3_agpo import AGPO, demo
+from sb3_agpo import AGPO, demo, demo_options, demo_training
+from sb3_agpo.benchmark.run import Evaluator
+from sb3_agpo.command_line import EXIT_USAGE
+from sb3_agpo.demo import EXIT_INTERRUPTED
 from sb3_agpo.tracking import figures
 
 TASK = "InvertedPendulum-v5"
@@ -96,7 +99,7 @@ def test_progress(finished: Run) -> None:
     progress = figures.read_progress(finished.folder / "progress.csv")
     steps = progress["time/total_timesteps"]
     assert steps[0] == 0 and steps[-1] == STEPS
-    assert len(steps) == demo.LOGS + 1
+    assert len(steps) == demo_training.LOGS + 1
     assert (np.diff(steps) > 0).all()
     evaluated = np.isfinite(progress["eval/mean_reward"])
     # Before the first update there is but one policy to evaluate
@@ -195,7 +198,7 @@ def test_without_derivatives(tmp_path: Path) -> None:
 )
 def test_refuses(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong options are told clearly, before anything is written."""
-    assert demo.main(["--output", "demo", *arguments]) == demo.EXIT_USAGE
+    assert demo.main(["--output", "demo", *arguments]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not list(tmp_path.iterdir())
@@ -217,7 +220,7 @@ def test_refuses_task(
     name = f"RefusedTask{len(size)}-v0"
     gym.register(name, entry_point=lambda **_: Task(), max_episode_steps=limit)
     try:
-        assert demo.main(["--env", name, "--output", "demo"]) == demo.EXIT_USAGE
+        assert demo.main(["--env", name, "--output", "demo"]) == EXIT_USAGE
     finally:
         del gym.registry[name]
     assert message in capsys.readouterr().err
@@ -227,7 +230,7 @@ def test_refuses_task(
 def test_refuses_impossible_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """So is a folder that cannot be made."""
     (tmp_path / "file").write_text("")
-    assert demo.main(["--env", TASK, "--output", "file/demo", "--steps", "10"]) == demo.EXIT_USAGE
+    assert demo.main(["--env", TASK, "--output", "file/demo", "--steps", "10"]) == EXIT_USAGE
     assert "--output" in capsys.readouterr().err
 
 
@@ -238,7 +241,7 @@ def test_missing_extra(
     """Without a library of the extra, the command that installs it is told before anything is written."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, "sb3_agpo.tracking.figures")
-    assert demo.main(["--env", TASK, "--steps", "10"]) == demo.EXIT_USAGE
+    assert demo.main(["--env", TASK, "--steps", "10"]) == EXIT_USAGE
     assert "pip install 'sb3-agpo[plot]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -253,7 +256,7 @@ def python_interrupts() -> Iterator[None]:
 
 def test_interrupts(python_interrupts: None) -> None:
     """The first Ctrl-C asks, the second one quits, and later ones are as before."""
-    with demo.first_interrupt_stops() as stop:
+    with demo_training.first_interrupt_stops() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
@@ -278,7 +281,7 @@ def test_interrupted_run_is_saved(tmp_path: Path) -> None:
         output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == demo.EXIT_INTERRUPTED, errors
+    assert process.returncode == EXIT_INTERRUPTED, errors
     assert "Ctrl-C: stopping and saving" in errors and "Traceback" not in errors
     steps = Run(process.returncode, tmp_path / "demo", output).number("environment steps")
     assert AGPO.load(tmp_path / "demo" / "model.zip", device="cpu").num_timesteps == steps > 0
@@ -287,10 +290,10 @@ def test_interrupted_run_is_saved(tmp_path: Path) -> None:
 
 def test_budget() -> None:
     """What comes first ends the training."""
-    assert demo.Budget(100.0, None).used(25.0, 10**9) == 0.25
-    assert demo.Budget(None, 1000).used(10.0**9, 100) == 0.1
-    assert demo.Budget(100.0, 1000).used(25.0, 100) == 0.25
-    assert demo.Budget(100.0, 1000).used(25.0, 1000) == 1.0
+    assert demo_training.Budget(100.0, None).used(25.0, 10**9) == 0.25
+    assert demo_training.Budget(None, 1000).used(10.0**9, 100) == 0.1
+    assert demo_training.Budget(100.0, 1000).used(25.0, 100) == 0.25
+    assert demo_training.Budget(100.0, 1000).used(25.0, 1000) == 1.0
 
 
 def test_evaluations_leave_time_to_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +310,7 @@ def test_evaluations_leave_time_to_learn(tmp_path: Path, monkeypatch: pytest.Mon
         return [1.0]
 
     monkeypatch.setattr(demo, "make_model", make_learning_model)
-    monkeypatch.setattr(demo.DemoEvaluator, "play_model", play_slowly)
+    monkeypatch.setattr(Evaluator, "play_model", play_slowly)
     run = run_demo(tmp_path / "demo", "--minutes", "0.02")
     returns = figures.read_progress(run.folder / "progress.csv")["eval/mean_reward"]
     assert np.isfinite(returns).sum() == 2 < len(returns)
@@ -346,10 +349,10 @@ def test_threads_where_the_cores_are_unknown(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_default_budget() -> None:
     """Four minutes, unless something was asked for."""
-    options = demo.parse([])
+    options = demo_options.parse([])
     assert (options.env, options.minutes, options.steps) == ("HalfCheetah-v5", 4.0, None)
-    assert demo.parse(["--steps", "7"]).minutes is None
-    options = demo.parse(["--steps", "7", "--minutes", "1.5"])
+    assert demo_options.parse(["--steps", "7"]).minutes is None
+    options = demo_options.parse(["--steps", "7", "--minutes", "1.5"])
     assert (options.minutes, options.steps) == (1.5, 7)
 
 

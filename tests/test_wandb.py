@@ -30,14 +30,14 @@ from wandb_files import Offline
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
 from sb3_agpo.tracking.figures import read_progress
+from sb3_agpo.tracking.gate_recorder import GateRecorder
+from sb3_agpo.tracking.outputs import ProgressFile
 from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import encode_animation, record_episode
 from sb3_agpo.tracking.wandb import (
     FIGURES,
     STEP,
     AGPOWandbCallback,
-    GateRecorder,
-    ProgressFile,
     WandbOutputFormat,
     artifact_name,
     settings_of,

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -90,9 +91,15 @@ class Evaluator:
         :param episodes: number of episodes
         :return: undiscounted return of each
         """
-        space = gym.make(self._name).action_space
+        with closing(gym.make(self._name)) as env:
+            space = env.action_space
         space.seed(seed)
         return self.play(lambda observations: np.stack([space.sample() for _ in observations]), episodes)
+
+    def close(self) -> None:
+        """Close the environments; the next episodes are played in new ones."""
+        while self._envs:
+            self._envs.pop().close()
 
 
 class EvaluationCallback(BaseCallback):

@@ -30,7 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
-from sb3_agpo.tracking.gate_recorder import MAX_BATCHES, GateRecorder
+from sb3_agpo.tracking.gate_recorder import GateRecorder
 from sb3_agpo.tracking.outputs import ProgressFile, write_to_tensorboard
 from sb3_agpo.tracking.pictures import frames_of, picture_of
 from sb3_agpo.tracking.video import Animation, encode_animation, record_episode
@@ -42,21 +42,6 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
-
-__all__ = [
-    "DEFAULT_PROJECT",
-    "FIGURES",
-    "MAX_BATCHES",
-    "STEP",
-    "AGPOWandbCallback",
-    "GateRecorder",
-    "ProgressFile",
-    "WandbOutputFormat",
-    "artifact_name",
-    "settings_of",
-    "to_wandb",
-    "write_to_tensorboard",
-]
 
 #: environment steps, which everything is drawn against
 STEP = "global_step"
