@@ -89,8 +89,7 @@ def test_model_and_buffer(finished: Run) -> None:
     assert np.isfinite(action).all()
     model.load_replay_buffer(finished.folder / "replay_buffer.pkl")
     assert model.replay_buffer is not None
-    # SB3 stops before it stores the step that a callback stops at
-    assert model.replay_buffer.size() == STEPS - 1
+    assert model.replay_buffer.size() == STEPS
     assert not model.replay_buffer.full
 
 
