@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -18,6 +19,27 @@ from sb3_agpo.benchmark.run import EXIT_BUSY, child
 
 # Read by the numerical libraries when they are loaded, so they have to be set before a run's process starts.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def progress_bar(plans: Sequence[RunPlan]) -> tqdm[NoReturn]:
+    """
+    A bar of environment steps, shown on terminals alone.
+
+    :param plans: the runs
+    :return: the bar
+    """
+    total = sum(plan.key.budget for plan in plans)
+    return tqdm(total=total, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def say(text: str) -> None:
+    """
+    Print a line above the bar.
+
+    :param text: the line
+    """
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 @dataclass
@@ -43,8 +65,7 @@ class Pool:
         self.processes = processes
         self.running: dict[Connection, Running] = {}
         self.failed = 0
-        total = sum(plan.key.budget for plan in plans)
-        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
+        self.bar = progress_bar(plans)
 
     def work(self) -> int:
         """
@@ -86,7 +107,7 @@ class Pool:
         if isinstance(message, str):
             running.error = message
             return
-        self._say(
+        say(
             f"{title(running.plan)}: return {float(message['return']):.1f} +- {float(message['return_std']):.1f} "
             f"after {message['steps']} steps, {float(message['seconds']):.0f} s"
         )
@@ -97,15 +118,11 @@ class Pool:
         running.process.join()
         code = running.process.exitcode
         if code == EXIT_BUSY:
-            self._say(f"{title(running.plan)}: left out, {running.error}")
+            say(f"{title(running.plan)}: left out, {running.error}")
         elif code != 0:
             self.failed += 1
-            self._say(f"{title(running.plan)}: FAILED, exit code {code}\n{running.error}".rstrip())
+            say(f"{title(running.plan)}: FAILED, exit code {code}\n{running.error}".rstrip())
         self.bar.update(running.plan.key.budget - running.steps)
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
 
 
 @contextmanager

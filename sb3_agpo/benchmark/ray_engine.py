@@ -8,7 +8,6 @@ output, AGPO goes on from its last checkpoint, and everything else starts over.
 
 from __future__ import annotations
 
-import sys
 import traceback
 import uuid
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import find_algorithm
 from sb3_agpo.benchmark.plan import BusyError, RunPlan, claimed, title
+from sb3_agpo.benchmark.pool import progress_bar, say
 from sb3_agpo.benchmark.ray_cluster import Queue, connected, ray
 from sb3_agpo.benchmark.recovery import Recovery
 from sb3_agpo.benchmark.run import complete_row, describe, learn, prepare
@@ -107,8 +105,7 @@ class RayPool:
         self.runs: dict[int, RemoteRun] = {}
         self.pending: dict[Any, int] = {}  # task -> index of its run
         self.failed = 0
-        total = sum(plan.key.budget for plan in plans)
-        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=not sys.stderr.isatty())
+        self.bar = progress_bar(plans)
 
     def work(self) -> int:
         """
@@ -143,7 +140,7 @@ class RayPool:
         try:
             file = claim.enter_context(claimed(plan, spec.own))
         except BusyError as error:
-            self._say(f"{title(plan)}: left out, {error}")
+            say(f"{title(plan)}: left out, {error}")
             self.bar.update(plan.key.budget)
             return
         records.remember_settings(plan.output, plan.key.settings, spec.settings())
@@ -169,7 +166,7 @@ class RayPool:
             run.n_rows += 1
             steps = min(int(row["steps"]), run.plan.key.budget)
             if steps > run.steps or run.plan.key.budget == 0:
-                self._say(f"{title(run.plan)}: return {float(row['return']):.1f} after {row['steps']} steps")
+                say(f"{title(run.plan)}: return {float(row['return']):.1f} after {row['steps']} steps")
                 self.bar.update(steps - run.steps)
                 run.steps = steps
 
@@ -183,11 +180,11 @@ class RayPool:
             reason = str(error).strip().splitlines()[-1]
             if run.attempt < self.retries:
                 run.attempt += 1
-                self._say(f"{title(run.plan)}: failed ({reason}); attempt {run.attempt + 1} of {self.retries + 1}")
+                say(f"{title(run.plan)}: failed ({reason}); attempt {run.attempt + 1} of {self.retries + 1}")
                 self._submit(index)
                 return
             self.failed += 1
-            self._say(f"{title(run.plan)}: FAILED\n{''.join(traceback.format_exception_only(error))}".rstrip())
+            say(f"{title(run.plan)}: FAILED\n{''.join(traceback.format_exception_only(error))}".rstrip())
         else:
             records.merge_run(run.plan.output, run.plan.key, rows, run.plan.replaced)
             records.partial_path(run.plan.output, run.plan.key).unlink()
@@ -195,7 +192,3 @@ class RayPool:
         run.claim.close()
         del self.runs[index]
         self.bar.update(run.plan.key.budget - run.steps)
-
-    def _say(self, text: str) -> None:
-        tqdm.write(text)
-        sys.stdout.flush()
