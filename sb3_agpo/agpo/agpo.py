@@ -30,6 +30,7 @@ from sb3_agpo.agpo.arguments import check_arguments, check_names
 from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
 from sb3_agpo.agpo.collection import AUTOMATIC_BUFFERS, DifferentiableOffPolicyAlgorithm
 from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
+from sb3_agpo.agpo.gradient_correction import correction_samples, make_gradient_correction
 from sb3_agpo.agpo.n_step import sample_n_step
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
 from sb3_agpo.agpo.rollout_buffer import (
@@ -37,6 +38,7 @@ from sb3_agpo.agpo.rollout_buffer import (
 )
 from sb3_agpo.agpo.updates import (
     CriticBatch,
+    WindowUpdate,
     critic_batches,
     gradient_matching_loss,
     replayed_policy_loss,
@@ -112,6 +114,9 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
     :param rollout_size: transitions that make a batch of fresh windows. Smaller batches give more frequent, noisier policy
         updates; usual range 32 to 512
     :param rollout_epochs: policy updates on each batch of fresh windows; 0 turns them off
+    :param correction_updates: updates, after each batch of fresh windows, of a network that learns what the critic's gradient
+        lacks beside theirs, and corrects it in replayed policy updates
+        (:mod:`sb3_agpo.agpo.gradient_correction`); 0 turns it off. Usual range 4 to 16
     :param gate: rule of the gate, an instance of :class:`~sb3_agpo.agpo.gates.Gate` or any callable of its signature
     :param critic_learning_rate: of the critics, a float or a schedule; None for ``CRITIC_LEARNING_RATE_FACTOR`` times
         ``learning_rate``
@@ -182,6 +187,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         horizon: int = 4,
         rollout_size: int = 64,
         rollout_epochs: int = 4,
+        correction_updates: int = 0,
         gate: Gate | Callable[[th.Tensor, th.Tensor, int], th.Tensor] | None = None,
         critic_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
@@ -243,6 +249,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         self.ent_coef_optimizer: th.optim.Adam | None = None
         self.gradient_mode = gradient_mode
         self.horizon, self.rollout_size, self.rollout_epochs = horizon, rollout_size, rollout_epochs
+        self.correction_updates = correction_updates
         self.gate = gate
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
@@ -285,6 +292,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             None if learning_rate is None else FloatSchedule(learning_rate)
             for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
         )
+        self.gradient_correction = make_gradient_correction(self.observation_space, self.action_space, self.device)  # type: ignore[arg-type]
         self._set_up_collection()
 
     def _choose_n_steps(self) -> None:
@@ -343,8 +351,10 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
                 self._n_updates += 1
         while self.dynamics is not None and self.rollout_buffer.full:
             windows = self.rollout_buffer.take_windows(self._vec_normalize_env)
-            for _ in range(self.rollout_epochs):
-                self._update_policy_from_windows(windows)
+            for epoch in range(self.rollout_epochs):
+                update = self._update_policy_from_windows(windows)
+                if epoch == 0 and self._corrects_replay():
+                    self._update_correction(windows, update)
         self._write_statistics()
 
     def _update_learning_rates(self) -> None:
@@ -367,6 +377,9 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
     def _trains_on_windows(self) -> bool:
         return self.dynamics is not None and self.rollout_epochs > 0
+
+    def _corrects_replay(self) -> bool:
+        return self.correction_updates > 0 and self.gradient_mode != "q" and self.gradient_correction is not None
 
     def _current_ent_coef(self) -> th.Tensor:
         return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
@@ -410,7 +423,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
         max_norm = self.max_grad_norm if self._trains_on_windows() else math.inf
         with self._critic_held_fixed():
-            loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef())
+            correction = self.gradient_correction if self._corrects_replay() else None
+            loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef(), correction)
             self._record("actor_loss", loss.item())
             self._step("actor", self.actor.optimizer, loss, max_norm)
         self._update_average_policy()
@@ -442,7 +456,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         update_learning_rate(self.ent_coef_optimizer, learning_rate * min(n_transitions, LONGEST_TEMPERATURE_STEP))
         self._step("ent_coef", self.ent_coef_optimizer, loss)
 
-    def _update_policy_from_windows(self, windows: RolloutWindows) -> None:
+    def _update_policy_from_windows(self, windows: RolloutWindows) -> WindowUpdate:
         """The adaptive gradient on fresh windows; then the temperature, which must not run ahead of the policy."""
         update = window_update(self.policy, windows, self._gate(), self.gamma, self._current_ent_coef())
         for name, value in gradient_statistics(update.gradient, update.critic.q_a, windows.mask).items():
@@ -453,6 +467,21 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         with th.no_grad():  # fresh noise: that of recorded actions was seen by the policy that it made better
             _, log_prob = sample_actions(self.actor, windows.observations[windows.mask > 0])
         self._update_temperature(log_prob, float(windows.mask.sum()) / self.rollout_epochs)
+        return update
+
+    def _update_correction(self, windows: RolloutWindows, update: WindowUpdate) -> None:
+        """Learn what the critic's gradient lacks on the newest windows, once it is known how well that was foreseen."""
+        correction = self.gradient_correction
+        assert correction is not None
+        adaptive, critic = update.gradient.g_a, update.critic.q_a
+        samples = correction_samples(windows.observations, windows.actions, adaptive, critic, windows.mask)
+        if len(samples.targets) == 0:
+            return
+        self._record("correction_explained", correction.compare(samples))
+        self._record("correction_trust", correction.trust.item())
+        correction.remember(samples)
+        for _ in range(self.correction_updates if correction.can_learn else 0):
+            self._step("correction", correction.optimizer, correction.loss())
 
     def _gate(self) -> Callable[[th.Tensor, th.Tensor, int], th.Tensor]:
         if self.gradient_mode == "adaptive":
@@ -596,6 +625,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer"]
+        if self.gradient_correction is not None:
+            state_dicts += ["gradient_correction", "gradient_correction.optimizer"]
         if self.ent_coef_optimizer is not None:
             return [*state_dicts, "ent_coef_optimizer"], ["log_ent_coef"]
         return state_dicts, ["ent_coef_tensor"]

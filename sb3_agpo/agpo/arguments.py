@@ -257,6 +257,7 @@ CHECKS: dict[str, Check] = {
     "horizon": _integer(1, "usual values are 1 to 16"),
     "rollout_size": _integer(1, "usual values are 32 to 512"),
     "rollout_epochs": _integer(0, _OFF),
+    "correction_updates": _integer(0, _OFF),
     "gate": _optional(_gate),
     "exploration_noise": _exploration_noise,
     "critic_grad_coef": _number(0.0, math.inf, _OFF),

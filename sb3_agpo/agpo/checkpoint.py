@@ -50,6 +50,7 @@ MADE_ANEW = (
     "ent_coef_lr_schedule",
     "dynamics",
     "derivative_buffer",
+    "gradient_correction",
     "_statistics",
     "_state_before_rollout",
     "_is_mid_rollout",
@@ -197,6 +198,7 @@ def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> Stat
         "replay_buffer": replay_buffer,
         "rollout_buffer": _without_device(model.rollout_buffer),
         "derivative_buffer": _without_device(model.derivative_buffer),
+        "correction_memory": model.gradient_correction.get_memory() if model.gradient_correction is not None else None,
         "records": list(model.dynamics.get_records()) if model.dynamics is not None else [],
         "environment": capture_vec_environment(model.env),
         "generators": capture_generators(model, torch_generator),
@@ -444,6 +446,8 @@ def restore_derivatives(model: AGPO, state: State) -> None:
     vars(model.rollout_buffer).update({name: windows[name] for name in windows if name not in ARGUMENTS_OF_BUFFERS})
     if same_memory:
         model.derivative_buffer.__setstate__(stored)
+    if model.gradient_correction is not None:
+        model.gradient_correction.set_memory(state["correction_memory"])
 
 
 def begin_new_episodes(model: OffPolicyAlgorithm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch as th
@@ -20,6 +21,9 @@ from sb3_agpo.agpo.adaptive_gradient import (
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
+
+#: maps observations and actions, each a batch of ``n``, to what is to be added to dQ/da, without gradient, ``(n, nu)``
+Correction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
 class RecordedAction(NamedTuple):
@@ -160,17 +164,23 @@ def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: 
     return matching_loss(q_a, action_targets) + matching_loss(q_x, state_targets)
 
 
-def replayed_policy_loss(policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+def replayed_policy_loss(
+    policy: AGPOPolicy, observations: Any, ent_coef: th.Tensor, correction: Correction | None = None
+) -> tuple[th.Tensor, th.Tensor]:
     """
-    SAC's policy loss.
+    SAC's policy loss, whose critic's gradient may be corrected, equation (11) of :mod:`sb3_agpo.agpo.gradient_correction`.
 
     :param policy: actor and critics
     :param observations: replayed observations, batch of ``n``
     :param ent_coef: entropy temperature alpha
+    :param correction: what dQ/da lacks; None for nothing
     :return: scalar, and the log-densities of the policy's actions, shape ``(n,)``
     """
     actions, log_prob = sample_actions(policy.actor, observations)
-    return (ent_coef * log_prob - policy.critic.q_values(observations, actions).min(0).values).mean(), log_prob
+    values = policy.critic.q_values(observations, actions).min(0).values  # (n,)
+    if correction is not None:
+        values = values + (correction(observations, actions.detach()) * actions).sum(-1)
+    return (ent_coef * log_prob - values).mean(), log_prob
 
 
 def act_as_recorded(actor: Actor, windows: RolloutWindows, step: int) -> RecordedAction:

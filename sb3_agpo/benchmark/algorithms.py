@@ -51,8 +51,11 @@ BATCH_NORM_SETTINGS: dict[str, Any] = {
 # ``agpo-four-updates``: twice as many updates of the critics as the defaults, with steps half as large.
 FOUR_UPDATES = "agpo-four-updates"
 FOUR_UPDATES_SETTINGS: dict[str, Any] = {"critic_learning_rate": 3e-4, "train_freq": 1, "policy_delay": 16, "tau": 0.005}
+# ``agpo-correction``: replayed policy updates learn from windows too
+CORRECTION = "agpo-correction"
+CORRECTION_SETTINGS: dict[str, Any] = {"correction_updates": 4}
 # Variants of AGPO that are no ablation, and what they change
-VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, FOUR_UPDATES: FOUR_UPDATES_SETTINGS}
+VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, FOUR_UPDATES: FOUR_UPDATES_SETTINGS, CORRECTION: CORRECTION_SETTINGS}
 
 GRADIENT_MODES = ("adaptive", "analytic", "q")
 NO_MATCHING = "-nomatch"  # as AGPO's defaults are

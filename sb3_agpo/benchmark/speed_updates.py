@@ -206,7 +206,7 @@ def _update_critic(model: AGPO, matching: float) -> None:
     model._update_target()
 
 
-def _measure(case: Case, effort: Effort, update: Callable[[AGPO], None], part: str) -> Medians:
+def _measure(case: Case, effort: Effort, update: Callable[[AGPO], object], part: str) -> Medians:
     """An update of ours beside a part of SAC's."""
     ours, reference = make_learners(case.task)
     clock = effort.clock(case.threads)
@@ -218,7 +218,7 @@ def _measure(case: Case, effort: Effort, update: Callable[[AGPO], None], part: s
     return Medians(*(1e3 * seconds for seconds in medians))
 
 
-def _updating(model: AGPO, update: Callable[[AGPO], None], clock: Clock) -> Sample:
+def _updating(model: AGPO, update: Callable[[AGPO], object], clock: Clock) -> Sample:
     """Seconds of an update; what it tells is thrown away, as there is no log."""
 
     def sample() -> float:
