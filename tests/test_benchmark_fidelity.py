@@ -13,6 +13,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from small_models import small_model
 from stable_baselines3 import PPO, SAC
 
+from sb3_agpo import AGPO
 from sb3_agpo.benchmark import fidelity_records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.fidelity_metrics import PolicyPullback, ReferenceQuality, agreement, cosine, reference_quality
@@ -20,6 +21,7 @@ from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 from sb3_agpo.benchmark.fidelity_rollouts import BatchSimulator, VisitedStates, discounted_returns, visit_states
 from sb3_agpo.benchmark.fidelity_windows import (
     ANALYTIC,
+    CORRECTED,
     CRITIC,
     GATES,
     Estimator,
@@ -230,6 +232,26 @@ def test_critic_estimate_is_the_critics_gradient(algorithm: str) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-7)
 
 
+def with_correction() -> AGPO:
+    """A model whose correction is not zero."""
+    model = small_model(TASK, correction_updates=1)
+    assert model.gradient_correction is not None
+    model.gradient_correction.trust_sums.fill_(1.0)
+    th.nn.init.normal_(model.gradient_correction.network[-1].weight)  # type: ignore[union-attr, arg-type]
+    return model
+
+
+def test_corrected_estimate_is_the_critics_gradient_and_what_it_lacks() -> None:
+    model = with_correction()
+    scene = Scene(TASK, model=model)
+    critic, corrected = scene.estimate(TASK, Estimator(CRITIC), Estimator(CORRECTED))
+    observations, actions = th.as_tensor(scene.visited.observations), th.as_tensor(scene.visited.actions)
+    assert model.gradient_correction is not None
+    lacking = model.gradient_correction(observations, actions).numpy()
+    assert np.abs(lacking).max() > 0.0
+    np.testing.assert_allclose(corrected, critic + lacking, rtol=1e-5, atol=1e-6)
+
+
 def test_gates_lie_between_critic_and_simulator() -> None:
     """With a horizon of one step, a gated estimate is a mixture of the critic's and the analytic one."""
     scene = Scene(TASK)
@@ -415,3 +437,15 @@ def test_bad_input(change: list[str], message: str, files: Path, capsys: pytest.
     assert main([*command, *change]) == 2
     assert message in capsys.readouterr().err
     assert not list(Path().iterdir())
+
+
+def test_command_with_a_correction(tmp_path: Path) -> None:
+    """A model that corrects its critic's gradient has a row for that, too."""
+    with_correction().save(tmp_path / "corrected.zip")
+    output = tmp_path / "fidelity.csv"
+    assert main(["fidelity", "--env", TASK, "--models", str(tmp_path / "corrected.zip"), *TINY, "--output", str(output)]) == 0
+    rows = fidelity_records.read(output)
+    assert [row["estimator"] for row in rows[:2]] == [CRITIC, CORRECTED]
+    assert rows[1]["windows"] == "0" and rows[1]["simulator_calls"] == "0"
+    assert rows[0]["action_cosine"] != rows[1]["action_cosine"]
+    assert "| corrected |" in output.with_suffix(".md").read_text()

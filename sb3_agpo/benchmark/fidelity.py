@@ -30,6 +30,7 @@ from sb3_agpo.benchmark.fidelity_rollouts import BatchSimulator, visit_states
 from sb3_agpo.benchmark.fidelity_table import AS_SAVED, markdown, split, title
 from sb3_agpo.benchmark.fidelity_windows import (
     ANALYTIC,
+    CORRECTED,
     CRITIC,
     DEFAULT_STEP,
     GATES,
@@ -187,17 +188,19 @@ def prepare(options: argparse.Namespace) -> tuple[gym.Env[Any, Any], list[Candid
     return env, candidates
 
 
-def list_estimators(options: argparse.Namespace) -> list[Estimator]:
+def list_estimators(options: argparse.Namespace, candidate: Candidate) -> list[Estimator]:
     """
     Everything that is compared.
 
     :param options: of the command line
-    :return: the critic first
+    :param candidate: the model
+    :return: the critic first, corrected where all critics of the model are
     """
+    corrected = all(critics.correction is not None for critics in candidate.critics.values())
     methods = [ANALYTIC, *dict.fromkeys(options.gates)]
     steps, horizons = dict.fromkeys(options.difference_steps), dict.fromkeys(options.horizons)
     mixed = [Estimator(method, horizon, step) for method in methods for step in steps for horizon in horizons]
-    return [Estimator(CRITIC), *mixed]
+    return [Estimator(CRITIC), *([Estimator(CORRECTED)] if corrected else []), *mixed]
 
 
 def measure(env: gym.Env[Any, Any], candidate: Candidate, options: argparse.Namespace, bar: tqdm) -> list[Row]:
@@ -211,7 +214,7 @@ def measure(env: gym.Env[Any, Any], candidate: Candidate, options: argparse.Name
     :return: rows of the CSV file
     """
     assert isinstance(env.unwrapped, MujocoEnv)
-    model, estimators = candidate.model, list_estimators(options)
+    model, estimators = candidate.model, list_estimators(options, candidate)
     simulator = BatchSimulator(env.unwrapped, options.threads)
     recorders = {step: make_recorder(options.env, step, options.threads) for step in options.difference_steps}
     perturbation = Perturbation(options.rollouts, options.rollout_steps, options.sigma)
@@ -236,7 +239,7 @@ def measure(env: gym.Env[Any, Any], candidate: Candidate, options: argparse.Name
     for critics in candidate.critics:
         for estimator in estimators:
             estimates = found[critics, estimator]
-            for n_averaged in (0,) if estimator.method == CRITIC else dict.fromkeys((1, options.windows)):
+            for n_averaged in (0,) if estimator.horizon == 0 else dict.fromkeys((1, options.windows)):
                 agreed = agreement(np.stack(estimates.gradients), reference, pullback, n_averaged)
                 rows.append(_row(shared | {"critics": critics}, estimator, estimates, agreed, n_averaged))
     return rows
@@ -283,7 +286,7 @@ def _row(shared: Mapping[str, Any], estimator: Estimator, estimates: Estimates, 
     values: dict[str, Any] = {
         **shared,
         **agreed._asdict(),
-        "estimator": CRITIC if windows == 0 else name,
+        "estimator": estimator.method if windows == 0 else name,
         "method": estimator.method,
         "horizon": estimator.horizon,
         "difference_step": estimator.difference_step,

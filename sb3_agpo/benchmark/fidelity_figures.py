@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from sb3_agpo.benchmark.fidelity_metrics import ReferenceQuality
-from sb3_agpo.benchmark.fidelity_windows import ANALYTIC, CRITIC
+from sb3_agpo.benchmark.fidelity_windows import ANALYTIC, CORRECTED, CRITIC
 from sb3_agpo.benchmark.figures import WIDTH
 from sb3_agpo.benchmark.records import Row
 from sb3_agpo.tracking.figures import FONT, RESOLUTION
@@ -26,6 +26,8 @@ STYLES = {
     "inverse": ("#CC79A7", "s"),
 }
 CRITIC_COLOR, REFERENCE_COLOR = "#0072B2", "#7F7F7F"
+# Gradients that need no window
+FLAT_STYLES = {CRITIC: "-", CORRECTED: "--"}
 LINES = ("-", "--", ":", "-.")
 
 
@@ -77,10 +79,10 @@ def _draw(axes: Axes, rows: Sequence[Row], column: str, split_half: str) -> None
     ceiling = ReferenceQuality.attainable(_value(rows[0][split_half]))
     axes.axhline(ceiling, color=REFERENCE_COLOR, linestyle=":", label="a perfect estimate")
     for row in rows:
-        if row["method"] == CRITIC:
-            axes.axhline(_value(row[column]), color=CRITIC_COLOR, label="critic")
+        if row["method"] in FLAT_STYLES:
+            axes.axhline(_value(row[column]), color=CRITIC_COLOR, label=row["method"], linestyle=FLAT_STYLES[row["method"]])
     most = max(int(row["windows"]) for row in rows)
-    averaged = [row for row in rows if int(row["windows"]) == most and row["method"] != CRITIC]
+    averaged = [row for row in rows if int(row["windows"]) == most and row["method"] not in FLAT_STYLES]
     steps = list(dict.fromkeys(row["difference_step"] for row in averaged))
     for method in dict.fromkeys(row["method"] for row in averaged):
         color, marker = STYLES[method]

@@ -16,6 +16,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.sac.policies import Actor, SACPolicy
 
 from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.agpo.gradient_correction import GradientCorrection
 from sb3_agpo.agpo.policies import AGPOPolicy
 from sb3_agpo.agpo.squashed_gaussian import squashed_sample
 from sb3_agpo.agpo.updates import gaussian_parameters
@@ -67,6 +68,7 @@ class SavedModel:
     :param ent_coef: entropy temperature alpha
     :param low: lowest actions of the environment, shape ``(nu,)``
     :param high: highest actions, shape ``(nu,)``
+    :param correction: of the critic's gradient in replayed policy updates, None where there is none
     """
 
     algorithm: str
@@ -77,6 +79,7 @@ class SavedModel:
     ent_coef: th.Tensor
     low: FloatArray
     high: FloatArray
+    correction: GradientCorrection | None = None
 
     @classmethod
     def of(cls, model: AGPO | SAC, file: str) -> SavedModel:
@@ -100,7 +103,8 @@ class SavedModel:
         space = cast(gym.spaces.Box, model.action_space)
         name = "AGPO" if isinstance(model, AGPO) else "SAC"
         low, high = (bound.astype(np.float32) for bound in (space.low, space.high))
-        return cls(name, file, model.num_timesteps, policy, model.gamma, ent_coef, low, high)
+        correction = model.gradient_correction if isinstance(model, AGPO) and model._corrects_replay() else None
+        return cls(name, file, model.num_timesteps, policy, model.gamma, ent_coef, low, high, correction)
 
     def act(self, observations: NDArray[Any], noise: NDArray[Any]) -> tuple[FloatArray, NDArray[np.float64]]:
         """

@@ -25,6 +25,7 @@ from sb3_agpo.dynamics.recorder import StepRecords, TransitionRecorder, install_
 Array = NDArray[np.float64]
 
 CRITIC, ANALYTIC = "critic", "analytic"
+CORRECTED = "corrected"  # the critic's with what the model learned that it lacks, as in replayed policy updates
 GATES: dict[str, GateFunction] = {
     "magnitude": MagnitudeGate(),
     "disagreement": DisagreementGate(),
@@ -38,9 +39,9 @@ DEFAULT_STEP = "default"
 class Estimator(NamedTuple):
     """A way to estimate dJ/da."""
 
-    method: str  # CRITIC, ANALYTIC or a key of GATES
-    horizon: int = 0  # steps of the window; 0 for the critic, which needs none
-    difference_step: str = ""  # of the finite differences, see `differences_of`; empty for the critic
+    method: str  # CRITIC, CORRECTED, ANALYTIC or a key of GATES
+    horizon: int = 0  # steps of the window; 0 for the critic, corrected or not, which needs none
+    difference_step: str = ""  # of the finite differences, see `differences_of`; empty where there is no window
 
     @property
     def gate(self) -> GateFunction:
@@ -200,9 +201,9 @@ def estimate_all(
 
 
 def _with_step(estimators: Sequence[Estimator], step: str, index: int, first: str) -> Iterator[Estimator]:
-    """Those that use a difference step; the critic, which uses none and never varies, with the first window alone."""
+    """Those that use a difference step; those without window, which use none and never vary, with the first window alone."""
     for estimator in estimators:
-        if estimator.difference_step == step or (estimator.method == CRITIC and index == 0 and step == first):
+        if estimator.difference_step == step or (estimator.horizon == 0 and index == 0 and step == first):
             yield estimator
 
 
@@ -212,10 +213,14 @@ def _estimate(into: Estimates, model: SavedModel, estimator: Estimator, made: Di
     horizon = max(1, estimator.horizon)
     windows = RolloutWindows(*(values[:horizon] for values in made.windows))
     update = window_update(model.policy, windows, estimator.gate, model.gamma, model.ent_coef)
+    gradient = update.gradient.g_a[0]
+    if estimator.method == CORRECTED:
+        assert model.correction is not None
+        gradient = gradient + model.correction(windows.observations[0], windows.actions[0])
     into.seconds += time.perf_counter() - start
-    into.gradients.append(update.gradient.g_a[0].double().numpy())
+    into.gradients.append(gradient.double().numpy())
     into.weights.append(update.gradient.weight[0].mean().item())
     into.valid.append(windows.valid.double().mean().item())
-    if estimator.method != CRITIC:
+    if estimator.horizon > 0:
         into.seconds += made.seconds * horizon / len(made.windows.actions)
         into.simulator_calls += made.calls_per_step * horizon
