@@ -379,6 +379,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         return self.dynamics is not None and self.rollout_epochs > 0
 
     def _corrects_replay(self) -> bool:
+        """Whether replayed policy updates learn from windows, where there are any."""
         return self.correction_updates > 0 and self.gradient_mode != "q" and self.gradient_correction is not None
 
     def _current_ent_coef(self) -> th.Tensor:
@@ -421,9 +422,10 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             self.actor.reset_noise()
         data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
         # Beside windows, both kinds of update have a say in Adam's moments only if they are of one size
-        max_norm = self.max_grad_norm if self._trains_on_windows() else math.inf
+        beside_windows = self._trains_on_windows()
+        max_norm = self.max_grad_norm if beside_windows else math.inf
+        correction = self.gradient_correction if beside_windows and self._corrects_replay() else None
         with self._critic_held_fixed():
-            correction = self.gradient_correction if self._corrects_replay() else None
             loss, log_prob = replayed_policy_loss(self.policy, data.observations, self._current_ent_coef(), correction)
             self._record("actor_loss", loss.item())
             self._step("actor", self.actor.optimizer, loss, max_norm)
