@@ -27,8 +27,9 @@ def draw(n: int, seed: int = 0, noise: float = 0.0) -> CorrectionSamples:
     generator = th.Generator().manual_seed(seed)
     observations = th.randn(n, NOBS, generator=generator)
     actions = 2.0 * th.rand(n, NU, generator=generator) - 1.0
-    clean = 100.0 * th.stack([observations[:, 0] * actions[:, 1], th.sin(observations[:, 1])], dim=1)
-    return CorrectionSamples(observations, actions, clean + noise * th.randn(n, NU, generator=generator))
+    critic = 10.0 * th.randn(n, NU, generator=generator)
+    clean = 100.0 * th.stack([observations[:, 0] * actions[:, 1], th.sin(observations[:, 1])], dim=1) - 5.0 * critic
+    return CorrectionSamples(observations, actions, critic, clean + noise * th.randn(n, NU, generator=generator))
 
 
 def learn(correction: GradientCorrection, n_updates: int) -> None:
@@ -57,7 +58,7 @@ def test_begins_with_no_correction(correction: GradientCorrection) -> None:
     correction.remember(samples)
     assert correction.compare(samples) == 0.0
     assert correction.trust == 0.0
-    assert not correction(samples.observations, samples.actions).any()
+    assert not correction(*samples[:3]).any()
 
 
 def test_learns_the_mean_of_noisy_targets(correction: GradientCorrection) -> None:
@@ -69,7 +70,7 @@ def test_learns_the_mean_of_noisy_targets(correction: GradientCorrection) -> Non
         explained = correction.compare(new)
     assert explained > 0.7
     assert correction.trust > 0.7
-    error = (correction(new.observations, new.actions) - new.targets).square().mean()
+    error = (correction(*new[:3]) - new.targets).square().mean()
     assert error < 0.3 * new.targets.square().mean()
 
 
@@ -82,7 +83,7 @@ def test_trust_is_the_best_coefficient(factor: float, seed: int) -> None:
         correction = GradientCorrection(NOBS, NU)
     th.nn.init.normal_(correction.network[-1].bias)  # type: ignore[union-attr, arg-type]
     samples = draw(64, seed)
-    answers = correction._predict(samples.observations, samples.actions).detach()
+    answers = correction.scale * correction._answer(*samples[:3]).detach()
     samples = samples._replace(targets=factor * answers + 0.1 * samples.targets)
     correction.compare(samples)
 
@@ -101,7 +102,7 @@ def test_what_is_wrong_is_not_believed(correction: GradientCorrection) -> None:
     new = draw(512, seed=1)
     opposite = new._replace(targets=-new.targets)
     assert correction.compare(opposite) < 0.0
-    assert not correction(new.observations, new.actions).any()
+    assert not correction(*new[:3]).any()
 
 
 def test_oldest_samples_give_way(correction: GradientCorrection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,7 @@ def test_gradient_of_the_replayed_loss_is_corrected() -> None:
     observations = th.randn(5, 4)
     given = th.randn(5, 1)
     gradients = []
-    for corrects in (None, lambda observations, actions: given):
+    for corrects in (None, lambda observations, actions, q_a: given):
         policy.actor.zero_grad()
         th.manual_seed(0)
         loss, _ = replayed_policy_loss(policy, observations, th.zeros(()), corrects)
