@@ -140,19 +140,32 @@ def test_nothing_to_learn_from(correction: GradientCorrection) -> None:
 
 def test_targets_are_finite_and_not_too_long() -> None:
     adaptive = th.ones(2, 3, NU)
-    adaptive[0, 0] = 1e30  # shortened
+    adaptive[0, 0] = 1e17  # left out: its square would be too large to add up
     adaptive[0, 1] = th.nan  # left out, as is the padding
     mask = th.ones(2, 3)
     mask[1, 2] = 0.0
     observations = th.arange(6.0).reshape(2, 3, 1)
     samples = correction_samples(observations, th.zeros(2, 3, NU), adaptive, th.zeros(2, 3, NU), mask)
-    assert samples.observations.flatten().tolist() == [2.0, 3.0, 4.0]  # the length of 1e30 is infinite in single precision
-    adaptive[0, 0] = 1e6
+    assert samples.observations.flatten().tolist() == [2.0, 3.0, 4.0]
+    adaptive[0, 0] = 1e6  # shortened
     samples = correction_samples(observations, th.zeros(2, 3, NU), adaptive, th.zeros(2, 3, NU), mask)
     assert samples.observations.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
     longest = gradient_correction.LONGEST_TARGET
     assert samples.targets[0].tolist() == pytest.approx([longest, longest], rel=1e-5)
     assert th.equal(samples.targets[1:], th.ones(3, NU))
+
+
+def test_largest_targets_leave_everything_finite(correction: GradientCorrection) -> None:
+    """One that were not would never be finite again, as sums and scale go on from batch to batch."""
+    largest = th.full((1, 300, NU), 0.5 * gradient_correction.TOO_LONG)
+    inputs = th.randn(1, 300, NOBS), th.zeros(1, 300, NU)
+    samples = correction_samples(*inputs, largest, th.zeros(1, 300, NU), th.ones(1, 300))
+    assert len(samples.targets) == 300
+    correction.remember(samples)
+    learn(correction, 20)
+    assert 0.0 < correction.compare(samples) <= 1.0
+    assert all(th.isfinite(value).all() for value in correction.state_dict().values())
+    assert th.isfinite(correction(*samples[:3])).all()
 
 
 # ---------------------------------------------------------------------- in training

@@ -37,6 +37,8 @@ LEARNING_RATE = 1e-3
 NET_ARCH = (256, 256)
 #: targets longer than this many of the median length of their batch are shortened to it, as those of a rough step may be
 LONGEST_TARGET = 10.0
+#: targets from this length on are left out: squares of shorter ones add up without overflow
+TOO_LONG = 1e15
 #: weight of a new batch of windows in the running sums of :math:`k`
 TRUST_MOMENTUM = 0.05
 
@@ -191,11 +193,11 @@ def correction_samples(
     :param adaptive: g_a, shape ``(H, W, nu)``
     :param critic: dQ/da, shape ``(H, W, nu)``
     :param mask: 1 for the steps that count, 0 for the others, shape ``(H, W)``
-    :return: those of them whose difference is finite, none longer than ``LONGEST_TARGET`` times the median length
+    :return: those whose difference is shorter than ``TOO_LONG``, then shortened to ``LONGEST_TARGET`` times the median length
     """
     targets = adaptive - critic
     lengths = targets.norm(dim=-1)
-    counts = (mask > 0) & th.isfinite(lengths)
+    counts = (mask > 0) & (lengths < TOO_LONG)  # False for NaN
     targets, lengths = targets[counts], lengths[counts]
     if len(lengths) > 0:
         longest = LONGEST_TARGET * lengths.median()
