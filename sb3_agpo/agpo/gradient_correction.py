@@ -28,7 +28,9 @@ from torch import nn
 from torch.nn import functional as F
 
 #: samples that are remembered, newest first to stay
-CAPACITY = 8192
+CAPACITY = 4096
+#: standardised observations are cut here, for entries that hardly ever moved in the memory
+CLIP_OBSERVATION = 10.0
 #: samples of one update of the network
 BATCH_SIZE = 256
 #: learning rate of the network
@@ -63,6 +65,8 @@ class GradientCorrection(nn.Module):
 
     scale: th.Tensor
     critic_scale: th.Tensor
+    observation_mean: th.Tensor
+    observation_scale: th.Tensor
     trust_sums: th.Tensor
 
     def __init__(self, nobs: int, nu: int, device: th.device | str = "cpu") -> None:
@@ -73,6 +77,8 @@ class GradientCorrection(nn.Module):
             nn.init.zeros_(parameter)
         self.register_buffer("scale", th.ones(()))  # root mean square of the targets in memory
         self.register_buffer("critic_scale", th.ones(()))  # that of the critic's gradients
+        self.register_buffer("observation_mean", th.zeros(nobs))  # of the observations
+        self.register_buffer("observation_scale", th.ones(nobs))  # their standard deviations
         self.register_buffer("trust_sums", th.zeros(2))  # running <c, t> and <c, c>
         self.to(device)
         self.optimizer = th.optim.Adam(self.network.parameters(), lr=LEARNING_RATE, fused=True)
@@ -103,7 +109,9 @@ class GradientCorrection(nn.Module):
 
     def _answer(self, observations: th.Tensor, actions: th.Tensor, critic_gradients: th.Tensor) -> th.Tensor:
         """What the network says, in units of ``scale``."""
-        answers: th.Tensor = self.network(th.cat([observations, actions, critic_gradients / self.critic_scale], dim=-1))
+        standardised = (observations - self.observation_mean) / self.observation_scale
+        standardised = standardised.clamp(-CLIP_OBSERVATION, CLIP_OBSERVATION)
+        answers: th.Tensor = self.network(th.cat([standardised, actions, critic_gradients / self.critic_scale], dim=-1))
         return answers
 
     def compare(self, samples: CorrectionSamples) -> float:
@@ -136,8 +144,15 @@ class GradientCorrection(nn.Module):
             memory[index] = field
         self._position = (self._position + count) % CAPACITY
         self.size = min(self.size + count, CAPACITY)
-        self.scale.copy_(_root_mean_square(self._memory.targets[: self.size]))
-        self.critic_scale.copy_(_root_mean_square(self._memory.critic_gradients[: self.size]))
+        self._measure_scales(CorrectionSamples(*(field[: self.size] for field in self._memory)))
+
+    def _measure_scales(self, memory: CorrectionSamples) -> None:
+        """Bring what the network is given and asked for to unit size."""
+        self.scale.copy_(_root_mean_square(memory.targets))
+        self.critic_scale.copy_(_root_mean_square(memory.critic_gradients))
+        variance, mean = th.var_mean(memory.observations, dim=0, correction=0)  # (nobs,), (nobs,)
+        self.observation_mean.copy_(mean)
+        self.observation_scale.copy_(variance.sqrt().clamp(min=1e-3))
 
     @property
     def can_learn(self) -> bool:
