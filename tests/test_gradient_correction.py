@@ -74,6 +74,36 @@ def test_learns_the_mean_of_noisy_targets(correction: GradientCorrection) -> Non
     assert error < 0.3 * new.targets.square().mean()
 
 
+def test_units_of_the_observations_do_not_matter() -> None:
+    """Each entry is standardised, so that neither its unit nor its zero changes what is learned."""
+    samples = draw(512)
+    units, zeros = th.tensor([1e-2, 1.0, 1e3]), th.tensor([0.0, -5.0, 100.0])
+    answers = []
+    for observations in (samples.observations, samples.observations * units + zeros):
+        th.manual_seed(0)
+        correction = GradientCorrection(NOBS, NU)
+        there = samples._replace(observations=observations)
+        correction.remember(there)
+        learn(correction, 20)
+        correction.compare(there)
+        answers.append(correction(*there[:3]))
+    assert answers[0].any()
+    th.testing.assert_close(answers[0], answers[1], rtol=1e-2, atol=1e-2 * answers[0].abs().max().item())
+
+
+def test_entry_that_never_moved_may_jump(correction: GradientCorrection) -> None:
+    """A contact force that was zero in the whole memory does not drown the rest when it comes."""
+    samples = draw(512)
+    samples.observations[:, 2] = 0.0
+    correction.remember(samples)
+    learn(correction, 50)
+    correction.compare(samples)
+    jumped = samples.observations.clone()
+    jumped[:, 2] = 1e6
+    answers = correction(jumped, *samples[1:3])
+    assert answers.norm() < 10.0 * samples.targets.norm()
+
+
 @settings(max_examples=50, deadline=None)
 @given(factor=st.floats(-3.0, 3.0), seed=st.integers(0, 1000))
 def test_trust_is_the_best_coefficient(factor: float, seed: int) -> None:
