@@ -4,17 +4,17 @@ What fresh windows say about the critic's gradient, remembered for replayed tran
 On a fresh window the adaptive gradient :math:`g_a`, (3) of :mod:`sb3_agpo.agpo.adaptive_gradient`, is there besides the
 critic's; on a replayed transition the critic's is all there is. A small network learns what is missing,
 
-.. math:: c(o, a, q) \approx \mathrm{E}[\, g_a - q \,|\, o, a, q \,], \qquad q = \partial Q / \partial a, \qquad (10)
+.. math:: c(o, a) \approx \mathrm{E}[\, g_a - \partial Q / \partial a \,|\, o, a \,], \qquad (10)
 
 from the newest windows. As a regression it averages over windows that began alike, each of which is one noisy sample. Replayed
 policy updates then descend
 
-.. math:: L = \mathrm{mean} [\, \alpha \log \pi(a | o) - \mathrm{stop}(q + k\, c(o, a, q)) \cdot a \,], \qquad (11)
+.. math:: L = \mathrm{mean} [\, \alpha \log \pi(a | o) - \min_i Q_i(o, a) - k\, \mathrm{stop}(c(o, a)) \cdot a \,], \qquad (11)
 
 where :math:`k` says how far to believe it. It is the coefficient of least squares, within [0, 1], between the network's
 answers and the truth on windows that it has not learned from yet:
 
-.. math:: k = \langle c, t \rangle / \langle c, c \rangle, \qquad t = g_a - q. \qquad (12)
+.. math:: k = \langle c, t \rangle / \langle c, c \rangle, \qquad t = g_a - \partial Q / \partial a. \qquad (12)
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 #: samples that are remembered, newest first to stay
-CAPACITY = 4096
-#: standardised observations are cut here, for entries that hardly ever moved in the memory
-CLIP_OBSERVATION = 10.0
+CAPACITY = 8192
 #: samples of one update of the network
 BATCH_SIZE = 256
 #: learning rate of the network
@@ -50,7 +48,6 @@ class CorrectionSamples(NamedTuple):
 
     observations: th.Tensor  # (n, nobs), as the networks see them
     actions: th.Tensor  # (n, nu), in [-1, 1]
-    critic_gradients: th.Tensor  # (n, nu), q of (10)
     targets: th.Tensor  # (n, nu), t of (12)
 
 
@@ -64,21 +61,15 @@ class GradientCorrection(nn.Module):
     """
 
     scale: th.Tensor
-    critic_scale: th.Tensor
-    observation_mean: th.Tensor
-    observation_scale: th.Tensor
     trust_sums: th.Tensor
 
     def __init__(self, nobs: int, nu: int, device: th.device | str = "cpu") -> None:
         super().__init__()
-        layers = create_mlp(nobs + 2 * nu, nu, list(NET_ARCH), nn.SiLU, post_linear_modules=[nn.LayerNorm])
+        layers = create_mlp(nobs + nu, nu, list(NET_ARCH), nn.SiLU, post_linear_modules=[nn.LayerNorm])
         self.network = nn.Sequential(*layers)
         for parameter in layers[-1].parameters():  # begin with no correction
             nn.init.zeros_(parameter)
         self.register_buffer("scale", th.ones(()))  # root mean square of the targets in memory
-        self.register_buffer("critic_scale", th.ones(()))  # that of the critic's gradients
-        self.register_buffer("observation_mean", th.zeros(nobs))  # of the observations
-        self.register_buffer("observation_scale", th.ones(nobs))  # their standard deviations
         self.register_buffer("trust_sums", th.zeros(2))  # running <c, t> and <c, c>
         self.to(device)
         self.optimizer = th.optim.Adam(self.network.parameters(), lr=LEARNING_RATE, fused=True)
@@ -95,24 +86,20 @@ class GradientCorrection(nn.Module):
         product, square = self.trust_sums
         return th.where(square > 0.0, product / square, 0.0).clamp(0.0, 1.0)
 
-    def forward(self, observations: th.Tensor, actions: th.Tensor, critic_gradients: th.Tensor) -> th.Tensor:
+    def forward(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
         Correct the critic's gradient as far as the network is believed.
 
         :param observations: shape ``(n, nobs)``
         :param actions: in [-1, 1], shape ``(n, nu)``
-        :param critic_gradients: dQ/da there, shape ``(n, nu)``
-        :return: k c(o, a, q) of (11), without gradient, shape ``(n, nu)``
+        :return: k c(o, a) of (11), without gradient, shape ``(n, nu)``
         """
         with th.no_grad():
-            return self.trust * self.scale * self._answer(observations, actions, critic_gradients)
+            return self.trust * self._predict(observations, actions)
 
-    def _answer(self, observations: th.Tensor, actions: th.Tensor, critic_gradients: th.Tensor) -> th.Tensor:
-        """What the network says, in units of ``scale``."""
-        standardised = (observations - self.observation_mean) / self.observation_scale
-        standardised = standardised.clamp(-CLIP_OBSERVATION, CLIP_OBSERVATION)
-        answers: th.Tensor = self.network(th.cat([standardised, actions, critic_gradients / self.critic_scale], dim=-1))
-        return answers
+    def _predict(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        answers: th.Tensor = self.network(th.cat([observations, actions], dim=-1))
+        return self.scale * answers
 
     def compare(self, samples: CorrectionSamples) -> float:
         """
@@ -122,12 +109,11 @@ class GradientCorrection(nn.Module):
         :return: share of the targets' squared length that it explains; negative if it is worse than no correction
         """
         with th.no_grad():
-            *inputs, targets = samples
-            answers = self.scale * self._answer(*inputs)
-            sums = th.stack([(answers * targets).sum(), answers.square().sum()])
+            answers = self._predict(samples.observations, samples.actions)
+            sums = th.stack([(answers * samples.targets).sum(), answers.square().sum()])
             self.trust_sums.lerp_(sums, TRUST_MOMENTUM)
-            missed = (targets - answers).square().sum()
-            return (1.0 - missed / targets.square().sum().clamp(min=1e-12)).item()
+            missed = (samples.targets - answers).square().sum()
+            return (1.0 - missed / samples.targets.square().sum().clamp(min=1e-12)).item()
 
     def remember(self, samples: CorrectionSamples) -> None:
         """
@@ -144,15 +130,7 @@ class GradientCorrection(nn.Module):
             memory[index] = field
         self._position = (self._position + count) % CAPACITY
         self.size = min(self.size + count, CAPACITY)
-        self._measure_scales(CorrectionSamples(*(field[: self.size] for field in self._memory)))
-
-    def _measure_scales(self, memory: CorrectionSamples) -> None:
-        """Bring what the network is given and asked for to unit size."""
-        self.scale.copy_(_root_mean_square(memory.targets))
-        self.critic_scale.copy_(_root_mean_square(memory.critic_gradients))
-        variance, mean = th.var_mean(memory.observations, dim=0, correction=0)  # (nobs,), (nobs,)
-        self.observation_mean.copy_(mean)
-        self.observation_scale.copy_(variance.sqrt().clamp(min=1e-3))
+        self.scale.copy_(self._memory.targets[: self.size].square().mean().sqrt().clamp(min=1e-6))
 
     @property
     def can_learn(self) -> bool:
@@ -169,8 +147,9 @@ class GradientCorrection(nn.Module):
         if self._memory is None:
             raise ValueError("there are no samples to learn from; call `remember` first")
         index = th.randint(self.size, (BATCH_SIZE,), device=self.scale.device)
-        *inputs, targets = (memory[index] for memory in self._memory)
-        return F.smooth_l1_loss(self._answer(*inputs), targets / self.scale)
+        samples = CorrectionSamples(*(memory[index] for memory in self._memory))
+        answers = self.network(th.cat([samples.observations, samples.actions], dim=-1))
+        return F.smooth_l1_loss(answers, samples.targets / self.scale)
 
     def get_memory(self) -> dict[str, Any]:
         """
@@ -193,10 +172,6 @@ class GradientCorrection(nn.Module):
             self._position = state["position"]
 
 
-def _root_mean_square(values: th.Tensor) -> th.Tensor:
-    return values.square().mean().sqrt().clamp(min=1e-6)
-
-
 def correction_samples(
     observations: th.Tensor, actions: th.Tensor, adaptive: th.Tensor, critic: th.Tensor, mask: th.Tensor
 ) -> CorrectionSamples:
@@ -217,7 +192,7 @@ def correction_samples(
     if len(lengths) > 0:
         longest = LONGEST_TARGET * lengths.median()
         targets = targets * (longest / lengths.clamp(min=1e-12)).clamp(max=1.0).unsqueeze(-1)
-    return CorrectionSamples(observations[counts], actions[counts], critic[counts], targets)
+    return CorrectionSamples(observations[counts], actions[counts], targets)
 
 
 def make_gradient_correction(

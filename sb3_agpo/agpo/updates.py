@@ -22,8 +22,8 @@ from sb3_agpo.agpo.policies import Actor, AGPOPolicy
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
 
-#: maps observations, actions and dQ/da, each a batch of ``n``, to what is to be added to the latter, without gradient
-Correction = Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+#: maps observations and actions, each a batch of ``n``, to what is to be added to dQ/da, without gradient, ``(n, nu)``
+Correction = Callable[[th.Tensor, th.Tensor], th.Tensor]
 
 
 class RecordedAction(NamedTuple):
@@ -179,9 +179,7 @@ def replayed_policy_loss(
     actions, log_prob = sample_actions(policy.actor, observations)
     values = policy.critic.q_values(observations, actions).min(0).values  # (n,)
     if correction is not None:
-        (q_a,) = th.autograd.grad(values.sum(), actions, retain_graph=True)
-        corrected = ((q_a + correction(observations, actions.detach(), q_a)) * actions).sum(-1)
-        values = values.detach() + corrected - corrected.detach()  # the critic's values, with another gradient
+        values = values + (correction(observations, actions.detach()) * actions).sum(-1)
     return (ent_coef * log_prob - values).mean(), log_prob
 
 

@@ -216,7 +216,7 @@ def _estimate(into: Estimates, model: SavedModel, estimator: Estimator, made: Di
     gradient = update.gradient.g_a[0]
     if estimator.method == CORRECTED:
         assert model.correction is not None
-        gradient = gradient + model.correction(windows.observations[0], windows.actions[0], gradient)
+        gradient = gradient + model.correction(windows.observations[0], windows.actions[0])
     into.seconds += time.perf_counter() - start
     into.gradients.append(gradient.double().numpy())
     into.weights.append(update.gradient.weight[0].mean().item())
