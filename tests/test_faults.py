@@ -123,6 +123,17 @@ def test_faults_at_a_reset() -> None:
         small_model(env).learn(10)
 
 
+def test_the_environment_is_reset_again_after_a_bad_reset() -> None:
+    env = FaultyEnv(lambda o, r: (o, r))
+    model = small_model(env)
+    sound = env.reset
+    env.reset = lambda **_: (np.full(3, np.nan), {})  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="after the reset"):
+        model.learn(10)
+    env.reset = sound  # type: ignore[method-assign]
+    assert model.learn(10, reset_num_timesteps=False).num_timesteps == 10
+
+
 def test_faults_in_dictionaries_are_named_by_key() -> None:
     class DictEnv(FaultyEnv):
         def __init__(self) -> None:

@@ -11,7 +11,9 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import RandomEnv, parameters_equal, small_model
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo import gradient_correction
@@ -271,3 +273,14 @@ def test_resumed_run_equals_uninterrupted_one(early: None, tmp_path: Path) -> No
     first, second = (model.gradient_correction.state_dict() for model in (whole, resumed))
     assert first["trust_sums"].any()
     assert all(th.equal(first[name], second[name]) for name in first)
+
+
+class OwnBuffer(ReplayBuffer):
+    """A class of the user's own, which gives observations as the environment does, in double precision."""
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"replay_buffer_class": OwnBuffer}])
+def test_observations_in_double_precision(kwargs: dict[str, Any]) -> None:
+    env = VecNormalize(make_vec_env("InvertedPendulum-v5"), norm_obs=False)
+    model = small_model(env, correction_updates=1, **kwargs).learn(100)
+    assert model.gradient_correction is not None and model.gradient_correction.size > 0

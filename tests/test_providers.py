@@ -568,6 +568,41 @@ def test_exact_derivatives_are_checked_too() -> None:
         assert d.A[0].any() == (fault == "none") and d.A[1].any()
 
 
+def test_what_an_environment_returns_is_not_written_into() -> None:
+    """It may be constants of the environment, views of one number, or the state itself, which the next step changes."""
+    env = Broken()
+    C = np.broadcast_to(np.ones((1, 1, 1)), (2, 2, 2))  # read-only
+    valid = np.array([False, True])
+    env.fault = lambda d: d._replace(C=C, valid=valid, A=constant)
+    constant = np.ones((2, 2, 2))
+    recorded = install_recorder(env, ONE)
+    recorded.reset(seed=0)
+    for _ in range(2):
+        recorded.step(np.zeros(1, np.float32))
+    d = recorded.get_wrapper_attr("recorder").take_derivatives(2)
+    assert not d.A[0].any() and not d.C[0].any() and d.A[1].all()
+    assert constant.all() and C.all()
+
+
+class InPlace(LinearQuadraticEnv):
+    """Its state is one array, for good."""
+
+    def get_state(self) -> Any:
+        self._shown = getattr(self, "_shown", None)
+        if self._shown is None:
+            self._shown = super().get_state().copy()
+        self._shown[:] = super().get_state()
+        return self._shown
+
+
+def test_a_state_that_is_always_the_same_array() -> None:
+    recorded = install_recorder(InPlace(), ONE)
+    recorded.reset(seed=0)
+    for _ in range(2):
+        recorded.step(np.ones(1, np.float32))
+    assert recorded.get_wrapper_attr("recorder").take_derivatives(2).valid.all()
+
+
 @pytest.mark.parametrize("name", ["A", "B", "C", "r_a"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e39])
 def test_exact_derivatives_beyond_single_precision_are_left_out(name: str, value: float) -> None:

@@ -19,7 +19,7 @@ import torch as th
 from gymnasium import spaces
 from small_models import RandomEnv, flat_state, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -129,6 +129,39 @@ def test_frozen_weights_stay_frozen(env_id: str, share: bool) -> None:
         assert th.equal(parameter, value) or any(parameter is own for own in model.policy.average_actor.parameters())
 
 
+@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_one_of_the_networks_may_be_frozen(env_id: str, part: str) -> None:
+    """As for a warm-up of the critics on a policy that is there already; the other one learns."""
+    model = small_model(env_id, critic_grad_coef=0.0)
+    parts = {"actor": model.actor, "critic": model.critic}
+    parts[part].requires_grad_(False)
+    before = {name: [p.clone() for p in module.parameters()] for name, module in parts.items()}
+    model.learn(60)
+    same = {name: all(map(th.equal, module.parameters(), before[name])) for name, module in parts.items()}
+    assert same == {name: name == part for name in parts}
+
+
+class Dropping(BaseFeaturesExtractor):
+    """Random in training mode."""
+
+    def __init__(self, observation_space: spaces.Space[Any]) -> None:
+        assert observation_space.shape is not None
+        super().__init__(observation_space, observation_space.shape[0])
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        dropped: th.Tensor = self.dropout(observations)
+        return dropped
+
+
+def test_deterministic_actions_after_a_training_loop_of_ones_own() -> None:
+    model = small_model("Pendulum-v1", policy_kwargs={"features_extractor_class": Dropping})
+    model.policy.train()
+    actions = {model.predict(np.ones(3, np.float32), deterministic=True)[0].item() for _ in range(10)}
+    assert len(actions) == 1
+
+
 def test_buffers_of_an_extractor_reach_the_policy_that_acts() -> None:
     model = small_model("Pendulum-v1", policy_kwargs={"features_extractor_class": StandardisingExtractor}).learn(60)
     learned, acting = (actor.features_extractor.mean for actor in (model.actor, model.policy.average_actor))
@@ -149,6 +182,32 @@ def test_learning_goes_on_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) ->
     before = [parameter.clone() for parameter in model.critic.parameters()]
     model.learn(20, reset_num_timesteps=False)
     assert not any(map(th.equal, model.critic.parameters(), before))
+
+
+class ListBuffer(ReplayBuffer):
+    """Keeps transitions in a list of its own."""
+
+    def __init__(self, buffer_size: int, *args: Any, n_envs: int = 1, **_: Any) -> None:
+        BaseBuffer.__init__(self, buffer_size, *args, n_envs=n_envs)
+        self.transitions: list[Any] = []
+
+    def add(self, *transition: Any) -> None:
+        self.transitions.append(transition)
+        self.pos += 1
+
+
+def test_an_interrupt_with_a_buffer_of_ones_own() -> None:
+    """What went wrong is what one is told."""
+
+    def interrupt(local: Any, _: Any) -> bool:
+        if local["self"].num_timesteps == 5:
+            raise KeyboardInterrupt
+        return True
+
+    model = small_model("Pendulum-v1", replay_buffer_class=ListBuffer)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10, callback=interrupt)
+    assert isinstance(model.replay_buffer, ListBuffer) and len(model.replay_buffer.transitions) == 4
 
 
 def test_an_interrupt_between_two_steps() -> None:

@@ -498,9 +498,11 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         :param optimizer: the optimiser
         :param loss: scalar
         :param max_norm: the gradient is clipped to this norm
-        :return: norm of the gradient before clipping
+        :return: norm of the gradient before clipping; 0 if all that the loss depends on is frozen
         :raises ValueError: after ``MAX_NONFINITE`` such gradients in a row
         """
+        if not loss.requires_grad:
+            return 0.0
         optimizer.zero_grad()
         loss.backward()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

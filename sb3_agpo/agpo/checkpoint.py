@@ -459,8 +459,8 @@ def begin_new_episodes(model: OffPolicyAlgorithm) -> None:
     model._last_obs = None  # `learn` resets the environment, and drops steps that wait for their derivatives
     if isinstance(model.replay_buffer, HerReplayBuffer):
         model.replay_buffer.truncate_last_trajectory()
-    elif model.replay_buffer is not None:
-        end_last_episode(model.replay_buffer)
+    elif hasattr(model.replay_buffer, "dones"):  # a buffer of the user's own may keep its transitions elsewhere
+        end_last_episode(model.replay_buffer)  # type: ignore[arg-type]
 
 
 def restore_generators(model: AGPO, state: State) -> None:

@@ -304,7 +304,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._record_what_is_needed()
 
     def _has_windows_at(self, num_timesteps: int) -> bool:
-        """Whether steps collected until then make windows: actions that were not the policy's, or that nobody uses, do not."""
+        """Whether steps collected until then make windows: not if no action was the policy's, or nobody uses them."""
         return num_timesteps > self.learning_starts and self.gradient_steps != 0
 
     def _needs_derivatives_at(self, num_timesteps: int) -> bool:
@@ -362,7 +362,11 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         if noise is not None:  # which SB3 begins anew, although the episode goes on
             vars(noise).update(noise_process)
-        check_observations(self._last_obs, self._vec_normalize_env)  # type: ignore[arg-type]
+        try:
+            check_observations(self._last_obs, self._vec_normalize_env)  # type: ignore[arg-type]
+        except ValueError:
+            self._last_obs = None  # the next call resets the environment once more
+            raise
         if self.dynamics is not None:
             self._record_what_is_needed()
         return result

@@ -98,7 +98,7 @@ class GradientCorrection(nn.Module):
             return self.trust * self._predict(observations, actions)
 
     def _predict(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        answers: th.Tensor = self.network(th.cat([observations, actions], dim=-1))
+        answers: th.Tensor = self.network(th.cat([observations.to(actions.dtype), actions], dim=-1))
         return self.scale * answers
 
     def compare(self, samples: CorrectionSamples) -> float:

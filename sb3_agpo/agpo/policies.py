@@ -358,6 +358,7 @@ class AGPOPolicy(SACPolicy):
         """
         if self._mode_matters:
             super().set_training_mode(mode)
+            self.average_actor.set_training_mode(False)  # as it may no longer be after ``policy.train()``
         else:
             self.actor.training = self.critic.training = self.training = mode
 

@@ -207,7 +207,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         if self.dynamics is None or not self._queue.recording:
             return self.env.step(action)
         action = np.asarray(action)
-        state = self.dynamics.get_state()
+        state = np.array(self.dynamics.get_state())  # which may be what the environment is about to change
         derivatives = None if self._deferred else self._differentiate(state[None], action[None])
         taken = action.copy()  # the environment may write into its argument
         result = self.env.step(action)
