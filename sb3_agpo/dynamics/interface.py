@@ -124,7 +124,7 @@ def check_derivatives(derivatives: Any, name: str, n: int, nobs: int, nu: int, n
         shape = (n, *value.shape[1:2]) if key == "next_state" else shapes[key]
         if value.shape != shape or value.ndim != len(shapes[key]):
             raise ValueError(f"{told} of the shape {shapes[key]}, got {value.shape}; see TransitionDerivatives")
-    return TransitionDerivatives(*(np.array(field) for field in derivatives))
+    return TransitionDerivatives._make(np.array(field) for field in derivatives)
 
 
 def zero_invalid(derivatives: TransitionDerivatives) -> TransitionDerivatives:
