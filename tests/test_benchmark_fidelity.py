@@ -449,3 +449,15 @@ def test_command_with_a_correction(tmp_path: Path) -> None:
     assert rows[1]["windows"] == "0" and rows[1]["simulator_calls"] == "0"
     assert rows[0]["action_cosine"] != rows[1]["action_cosine"]
     assert "| corrected |" in output.with_suffix(".md").read_text()
+
+
+def test_columns_of_ones_own_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "fidelity.csv"
+    columns = [*fidelity_records.COLUMNS, "remark"]
+    path.write_text(",".join(columns) + "\n" + ",".join(["1"] * (len(columns) - 1) + ["mine"]) + "\n")
+    fidelity_records.merge(path, [dict.fromkeys(fidelity_records.COLUMNS, "2")])
+    first, second = fidelity_records.read(path)
+    assert (first["remark"], second["remark"], second["env"]) == ("mine", "", "2")
+    path.write_text(path.read_text() + "1,2\n")
+    with pytest.raises(ValueError, match="more or fewer entries than columns"):
+        fidelity_records.read(path)

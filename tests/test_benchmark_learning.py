@@ -370,7 +370,8 @@ def test_columns_of_ones_own_are_kept(tmp_path: Path, finished: Path) -> None:
         (["--models", "models", "--save-at", "0"], "--save-at is 0"),
         (["--models", "models", "--save-at", "100", "301"], f"--save-at 301 is after the 300 steps of {TASK}"),
         (["--models", __file__], "is a file; give a folder"),
-        (["--output", str(Path(__file__).parent)], "cannot be read (Is a directory); give the name of a CSV file"),
+        (["--output", str(Path(__file__).parent)], "give the name of a file that ends in .csv"),
+        (["--output", "runs/v0.1"], "--output is runs/v0.1; give the name of a file that ends in .csv"),
         (["--output", f"{__file__}/learning.csv"], "cannot be read (Not a directory); give the name of a CSV file"),
     ],
 )

@@ -79,7 +79,10 @@ def read(path: Path) -> list[Row]:
     reader = csv.DictReader(io.StringIO(text))
     if missing := set(COLUMNS) - set(reader.fieldnames or COLUMNS):
         raise ValueError(f"--output: {path} lacks the columns {', '.join(sorted(missing))}; give another file")
-    return list(reader)
+    rows = list(reader)
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"--output: {path} has lines with more or fewer entries than columns; complete them")
+    return rows
 
 
 def merge(path: Path, rows: Sequence[Row]) -> None:
@@ -101,7 +104,9 @@ def _key(row: Row) -> tuple[str, ...]:
 
 def _to_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    rows = list(rows)
+    more = dict.fromkeys(column for row in rows for column in row if column not in COLUMNS)  # of the user's own
+    writer = csv.DictWriter(text, [*COLUMNS, *more], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

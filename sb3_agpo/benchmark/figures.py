@@ -153,7 +153,7 @@ def _draw_scores(axes: Axes, results: Results, algorithm: str, style: Style) -> 
     :param style: how
     """
     tasks = results.scored_tasks
-    first = max(results.grid(algorithm, task)[0] / results.budgets[task] for task in tasks)
+    first = max(curve.steps[0] / results.budgets[task] for task in tasks for curve in results.curves[algorithm][task])
     fractions = np.arange(1, 21) / 20
     fractions = fractions[fractions >= first]
     runs = []

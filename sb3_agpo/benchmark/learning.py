@@ -16,11 +16,10 @@ from sb3_agpo.benchmark import records
 from sb3_agpo.benchmark.algorithms import NAMES, AlgorithmSpec, called, check_arguments, find_algorithm, torch_module
 from sb3_agpo.benchmark.plan import RunPlan, counterparts, differences, title
 from sb3_agpo.benchmark.pool import Pool
-from sb3_agpo.benchmark.records import BUDGETS, RunKey
+from sb3_agpo.benchmark.records import BUDGETS, DEFAULT_FILE, RunKey
 from sb3_agpo.command_line import check_at_least
 
 OTHER_BUDGET = 50_000
-DEFAULT_OUTPUT = Path("docs/benchmarks/learning.csv")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LinearSchedule(START, END, END_FRACTION); "
         "policy_kwargs.net_arch=[64,64] changes one entry of a dictionary")  # fmt: skip
     add("--label", help="name in the algorithm column, for a single algorithm changed by --set or --n-envs")
-    add("--output", type=Path, default=DEFAULT_OUTPUT, help=f"CSV file of finished runs (default: {DEFAULT_OUTPUT})")
+    add("--output", type=Path, default=DEFAULT_FILE, help=f"CSV file of finished runs (default: {DEFAULT_FILE})")
     add("--models", type=Path, metavar="FOLDER", help="save models to this folder")
     add("--save-at", type=int, nargs="+", default=[], metavar="STEPS", help="steps to save models at (default: the end)")
     add(
@@ -124,6 +123,8 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.label in NAMES:
         raise ValueError(f"--label {options.label} is the name of an algorithm; choose another one")
+    if options.output.suffix != ".csv" or options.output.is_dir():
+        raise ValueError(f"--output is {options.output}; give the name of a file that ends in .csv")
     if options.save_at and not options.models:
         raise ValueError(f"--save-at {options.save_at[0]} saves nothing without a folder; add --models FOLDER")
     if min(options.save_at, default=1) < 1:

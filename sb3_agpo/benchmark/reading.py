@@ -35,7 +35,7 @@ def load(
     :raises ValueError: if there is nothing in it, nothing of a name that is asked for, ``steps`` lies between two evaluations,
         or ``costs`` lacks a run
     """
-    results = Results(baseline, costs=costs)
+    results = Results(baseline, costs=costs, source=path)
     rows = read_rows(path)
     rows += _unfinished(path, rows, results) if live else []
     if not rows:
@@ -170,11 +170,16 @@ def _choose(runs: dict[RunKey, list[Row]], results: Results) -> dict[RunKey, lis
 
     :param runs: all runs
     :param results: with the budgets; gets notes
-    :return: of each the shortest run that is long enough
+    :return: of each the shortest run that is long enough, an unfinished one only where there is no finished one
     """
+
+    def order(key: RunKey) -> tuple[str, str, int, bool, int]:
+        unfinished = int(runs[key][-1]["steps"]) < key.budget
+        return key.algorithm, key.env, key.seed, unfinished, key.budget
+
     chosen: dict[tuple[str, str, int], RunKey] = {}
     too_short: Counter[tuple[str, str]] = Counter()
-    for key in sorted(runs, key=lambda key: (key.algorithm, key.env, key.seed, key.budget)):
+    for key in sorted(runs, key=order):
         if key.budget < results.budgets[key.env]:
             too_short[key.algorithm, key.env] += 1
         else:

@@ -35,6 +35,9 @@ BUDGETS = {
     "InvertedPendulum-v5": 50_000,
 }
 
+#: where runs go, and reports come from, unless another file is given
+DEFAULT_FILE = Path("docs/benchmarks/learning.csv")
+
 COLUMNS = (
     "algorithm",
     "env",

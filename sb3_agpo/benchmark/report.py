@@ -16,7 +16,7 @@ from sb3_agpo.benchmark.algorithms import VARIANTS, find_algorithm
 from sb3_agpo.benchmark.costs import TIMES
 from sb3_agpo.benchmark.figures import labels
 from sb3_agpo.benchmark.reading import load
-from sb3_agpo.benchmark.records import BUDGETS, VERSION_COLUMNS, Row
+from sb3_agpo.benchmark.records import BUDGETS, DEFAULT_FILE, VERSION_COLUMNS, Row, settings_path
 from sb3_agpo.benchmark.results import ABLATIONS, BASELINE, ORDER, RANDOM, Results
 from sb3_agpo.benchmark.summary import MARKER, check_page, update_summary
 from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, highlighted, number, table
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     :param parser: gets them
     """
     add = parser.add_argument
-    default = Path("docs/benchmarks")
-    add("--input", type=Path, default=default / "learning.csv", help="CSV file that 'learning' wrote (default: %(default)s)")
+    default = DEFAULT_FILE.parent
+    add("--input", type=Path, default=DEFAULT_FILE, help="CSV file that 'learning' wrote (default: %(default)s)")
     add("--output", type=Path, default=default, help="folder for report.md and the figures (default: %(default)s)")
     add("--baseline", default=BASELINE, help="algorithm with a normalised score of 1 (default: %(default)s)")
     add("--algorithms", nargs="+", metavar="NAME", help="algorithms to show besides the baseline (default: all)")
@@ -146,11 +146,12 @@ def is_stock(row: Row) -> bool:
     return row["settings"] == stock_settings(row["algorithm"])
 
 
-def learning_commands(rows: Sequence[Row]) -> list[str]:
+def learning_commands(rows: Sequence[Row], output: Path) -> list[str]:
     """
     The commands that make the rows again.
 
     :param rows: evaluations
+    :param output: file that they go to
     :return: one command for each budget, evaluation interval and number of threads; changed algorithms have none
     """
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
@@ -168,6 +169,7 @@ def learning_commands(rows: Sequence[Row]) -> list[str]:
         parts += ["--steps", steps] if steps else []
         parts += ["--eval-every", every] if every != "5000" else []
         parts += ["--threads", threads] if threads != "1" else []
+        parts += ["--output", shlex.quote(str(output))] if output != DEFAULT_FILE else []
         commands.append(" ".join(parts))
     return commands
 
@@ -185,12 +187,14 @@ def circumstances(results: Results, command: str) -> str:
         for column in (*VERSION_COLUMNS, "git_commit", "machine", "threads")
     ]
     versions = "".join(f"| {name} | {value} |\n" for name, value in rows)
-    text = "```\n" + "\n".join([*learning_commands(results.rows), command]) + "\n```\n\n"
+    text = "```\n" + "\n".join([*learning_commands(results.rows, results.source), command]) + "\n```\n\n"
     if changed := sorted(
         {(row["algorithm"], row["settings"]) for row in results.rows if row["algorithm"] != RANDOM and not is_stock(row)}
     ):
         named = ", ".join(f"`{name}` ({settings})" for name, settings in changed)
-        text += f"Of other settings than today's, which `learning_settings.json` has by these hashes: {named}.\n\n"
+        text += (
+            f"Of other settings than today's, which `{settings_path(results.source).name}` has by these hashes: {named}.\n\n"
+        )
     return f"{text}| | |\n| --- | --- |\n{versions}\n"
 
 
@@ -247,7 +251,7 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "for every algorithm, 5 per evaluation and 10 at the end. Brackets are 95 % bootstrap intervals over seeds, resampled "
         f"within tasks, for scores {baseline}'s runs too. With three seeds they are too narrow: in simulations with means and "
         "deviations as in this benchmark, those of IQMs held the true value 87 to 89 times out of 100, those of single tasks' "
-        "means 85 times (61 with two seeds). A normalised score is 0 at the random "
+        "means 81 times (61 with two seeds). A normalised score is 0 at the random "
         f"policy's return and 1 at {baseline}'s mean final return, so that its own IQM is 1 by definition, or nearly so. IQM "
         "is the interquartile mean over runs and tasks. Times are those of learning alone, evaluations left "
         f"out{_reckoned(results)}.\n\n",

@@ -20,7 +20,18 @@ BASELINE = "sac"  # unless another one is asked for
 VARIANTS = ("", "-nomatch", "-windows")
 ABLATIONS = tuple(f"agpo-{mode}{suffix}" for mode in ("adaptive", "analytic", "q") for suffix in VARIANTS)
 # In the order in which tables and legends show them; names given by ``--label`` come after.
-ORDER = ("sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *ABLATIONS, "agpo-four-updates", "agpo-batch-norm")
+ORDER = (
+    "sac",
+    "sac-fast",
+    "tqc",
+    "crossq",
+    "crossq-fast",
+    "ppo",
+    *ABLATIONS,
+    "agpo-correction",
+    "agpo-four-updates",
+    "agpo-batch-norm",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Results:
     :param budgets: task -> environment steps at which algorithms are compared
     :param rows: rows that the above was made of
     :param notes: what was left out or is to be known, one sentence each
+    :param source: file that the rows were read from
     :param costs: file that times are reckoned from, see :mod:`sb3_agpo.benchmark.costs`; None: times are those of the runs
     """
 
@@ -81,6 +93,7 @@ class Results:
     budgets: dict[str, int] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    source: Path = Path("learning.csv")
     costs: Path | None = None
 
     @property
