@@ -48,6 +48,7 @@ STYLES = {
     "crossq": Style("CrossQ", "#CC79A7", marker="v"),
     "crossq-fast": Style("CrossQ, settings of AGPO with batch norm.", "#CC79A7", "--", "v"),
     "ppo": Style("PPO", "#E69F00", marker="P"),
+    "agpo-correction": Style("AGPO, correction", "#1B7837", "-.", "P"),
     "agpo-four-updates": Style("AGPO, four updates", "#8C510A", "-.", "h"),
     "agpo-batch-norm": Style("AGPO, batch normalisation", "#762A83", "-.", "p"),
     "agpo-analytic": Style("AGPO, analytic, matching", "#000000", ":", "X"),
