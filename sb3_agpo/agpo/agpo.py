@@ -33,9 +33,7 @@ from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
 from sb3_agpo.agpo.gradient_correction import correction_samples, make_gradient_correction
 from sb3_agpo.agpo.n_step import sample_n_step
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
-from sb3_agpo.agpo.rollout_buffer import (
-    RolloutWindows,
-)
+from sb3_agpo.agpo.rollout_buffer import RolloutWindows
 from sb3_agpo.agpo.updates import (
     CriticBatch,
     WindowUpdate,

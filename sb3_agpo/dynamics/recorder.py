@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import gymnasium as gym
@@ -440,11 +441,16 @@ def install_recorder(env: gym.Env[Any, Any], differences: FiniteDifferences) -> 
     recorder = TransitionRecorder(env.unwrapped, dynamics, report, *scales)
     if not isinstance(env, gym.Wrapper):
         return recorder
+    _insert(recorder, env)
+    return env
+
+
+def _insert(recorder: TransitionRecorder, env: gym.Wrapper[Any, Any, Any, Any]) -> None:
+    """Point the innermost wrapper at a recorder."""
     innermost = env
     while isinstance(innermost.env, gym.Wrapper):
         innermost = innermost.env
     innermost.env = recorder
-    return env
 
 
 def find_recorder(env: gym.Env[Any, Any]) -> TransitionRecorder | None:
@@ -463,16 +469,32 @@ def find_recorder(env: gym.Env[Any, Any]) -> TransitionRecorder | None:
 
 def remove_recorder(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     """
-    Take a recorder out again.
+    Take recorders out again.
 
-    :param env: environment, wrapped or not, with a recorder or without
-    :return: the environment without: ``env`` itself, or the unwrapped environment if the recorder was its only wrapper
+    :param env: environment, wrapped or not, with any number of recorders
+    :return: the environment without: ``env`` itself, or the unwrapped environment if it had no other wrapper
     """
-    if isinstance(env, TransitionRecorder):
-        return env.env
+    while isinstance(env, TransitionRecorder):
+        env = env.env
     wrapper = env
     while isinstance(wrapper, gym.Wrapper):
-        if isinstance(wrapper.env, TransitionRecorder):
+        while isinstance(wrapper.env, TransitionRecorder):
             wrapper.env = wrapper.env.env
         wrapper = wrapper.env
     return env
+
+
+@contextmanager
+def kept_recorder(env: gym.Env[Any, Any]) -> Iterator[None]:
+    """
+    Let others put recorders into an environment for a while.
+
+    :param env: environment, wrapped or not; afterwards it has the recorder that it had, or none
+    """
+    before = find_recorder(env)
+    try:
+        yield
+    finally:
+        bare = remove_recorder(env)
+        if before is not None and isinstance(bare, gym.Wrapper):
+            _insert(before, bare)

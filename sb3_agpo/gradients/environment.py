@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import pickle
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.benchmark.fidelity_model import load_model
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
+
+#: what files raise that ``VecNormalize.save`` did not write, or for another environment
+UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, AssertionError, ValueError, KeyError, TypeError)
 
 #: actions of an observation, both as the environment has them
 Act = Callable[[Any], NDArray[Any]]
@@ -71,13 +75,15 @@ def _import(source: str) -> ModuleType:
     :param source: dotted name of a module, or path of a Python file
     :return: the module
     """
-    if not source.endswith(".py"):
-        if str(Path.cwd()) not in sys.path:  # as ``python -m`` has it, and a console script has not
-            sys.path.insert(0, str(Path.cwd()))
-        return importlib.import_module(source)
     path = Path(source).resolve()
-    if not path.is_file():
+    is_file = source.endswith(".py")
+    if is_file and not path.is_file():
         raise ImportError(f"there is no file {source}")
+    folder = str(path.parent if is_file else Path.cwd())  # as a script and ``python -m`` have it, and a console script not
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if not is_file:
+        return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -131,8 +137,14 @@ def _read_normalization(path: Path, env: gym.Env[Any, Any]) -> VecNormalize:
     :param path: file that ``VecNormalize.save`` wrote; a pickle: load only files that you trust
     :param env: the environment
     :return: the normalisation
-    :raises ValueError: if there is no such file
+    :raises ValueError: if it is no such file, or that of another environment
     """
     if not path.is_file():
         raise ValueError(f"--normalization: there is no file {path}; give what `VecNormalize.save` wrote")
-    return VecNormalize.load(str(path), DummyVecEnv([lambda: env]))
+    try:
+        return VecNormalize.load(str(path), DummyVecEnv([lambda: env]))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"--normalization: {path} does not fit ({type(error).__name__}: {error}); give what `VecNormalize.save` wrote "
+            "for this environment"
+        ) from error

@@ -151,7 +151,7 @@ def inspect_environment(
     """
     Find everything out.
 
-    :param env: environment as the agent sees it; recorders are put into it
+    :param env: environment as the agent sees it
     :param policy: who acts
     :param sizes: how much to measure
     :param seed: of everything random

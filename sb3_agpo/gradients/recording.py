@@ -21,6 +21,8 @@ from sb3_agpo.dynamics.recorder import (
     choose_dynamics,
     find_recorder,
     install_recorder,
+    kept_recorder,
+    remove_recorder,
     stack_records,
 )
 from sb3_agpo.dynamics.wrappers import wrapper_scales
@@ -134,6 +136,7 @@ class Recorders:
     """
 
     def __init__(self, env: gym.Env[Any, Any], options: Sequence[FiniteDifferences]) -> None:
+        env = remove_recorder(env)
         inner = [choose_dynamics(env, each) for each in options[1:]]
         self.env = install_recorder(env, options[0])
         outer = find_recorder(self.env)
@@ -227,7 +230,7 @@ def record(
     """
     Play steps, episode after episode, and differentiate them.
 
-    :param env: environment as the agent sees it; recorders are put into it
+    :param env: environment as the agent sees it; a recorder that it has comes back when this is over
     :param act: the policy
     :param differences: options that AGPO would use
     :param n_steps: how many steps to play
@@ -238,18 +241,19 @@ def record(
     """
     options = [scaled(differences, scale) for scale in SCALES]
     order = [BASE, *(i for i in range(len(SCALES)) if i != BASE)]  # what AGPO would use is the outermost recorder
-    recorders = Recorders(env, [options[i] for i in order])
-    outer = recorders.outer
-    if outer.dynamics is None:
-        return outer.provider_report
-    player = Player(recorders, act, seed)
-    remembered = set(np.linspace(0, n_steps, n_moments, endpoint=False, dtype=int).tolist())
-    for first in range(0, n_steps, CHUNK):
-        chunk = range(first, min(first + CHUNK, n_steps))
-        for step in chunk:
-            player.step(step in remembered)
-        player.differentiate(len(chunk))
-        progress(len(chunk))
+    with kept_recorder(env):
+        recorders = Recorders(env, [options[i] for i in order])
+        outer = recorders.outer
+        if outer.dynamics is None:
+            return outer.provider_report
+        player = Player(recorders, act, seed)
+        remembered = set(np.linspace(0, n_steps, n_moments, endpoint=False, dtype=int).tolist())
+        for first in range(0, n_steps, CHUNK):
+            chunk = range(first, min(first + CHUNK, n_steps))
+            for step in chunk:
+                player.step(step in remembered)
+            player.differentiate(len(chunk))
+            progress(len(chunk))
     space = env.unwrapped.action_space
     assert player.effects is not None and isinstance(space, spaces.Box)
     steps, jacobians, base = stack_records(player.records), player.all_jacobians(), BASE

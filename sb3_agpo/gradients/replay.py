@@ -96,6 +96,17 @@ def make_replay(env: gym.Env[Any, Any]) -> Replay:
 
     :param env: environment, wrapped or not
     :return: the way back into its unwrapped environment
+    :raises ValueError: if Python cannot copy it
     """
     unwrapped = env.unwrapped
-    return MujocoReplay(unwrapped) if isinstance(unwrapped, MujocoEnv) else CopyReplay(unwrapped)
+    if isinstance(unwrapped, MujocoEnv):
+        return MujocoReplay(unwrapped)
+    replay = CopyReplay(unwrapped)
+    try:
+        replay.remember()
+    except Exception as error:  # whatever an attribute's own copying raises
+        raise ValueError(
+            f"{type(unwrapped).__name__} cannot be copied ({type(error).__name__}: {error}), which trying other actions "
+            "needs; give it a `__deepcopy__`"
+        ) from error
+    return replay
