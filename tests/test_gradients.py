@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
+import warnings
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,12 @@ import numpy as np
 import pytest
 from gymnasium.envs.mujoco.hopper_v5 import HopperEnv
 from gymnasium.wrappers import TimeLimit
+from rich.console import Console
 from small_models import small_model
 
 from sb3_agpo.dynamics.interface import Array
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
-from sb3_agpo.dynamics.recorder import ProviderReport
+from sb3_agpo.dynamics.recorder import ProviderReport, find_recorder
 from sb3_agpo.gradients import measures
 from sb3_agpo.gradients.__main__ import main
 from sb3_agpo.gradients.environment import Policy, make_environment, make_policy
@@ -24,6 +29,7 @@ from sb3_agpo.gradients.experiments import measure_predictions, reward_parts
 from sb3_agpo.gradients.inspection import Inspection, Sizes, inspect_environment, steps_as_code, suggested, verdict
 from sb3_agpo.gradients.measures import Jacobians, Prediction
 from sb3_agpo.gradients.recording import BASE, FINER, SCALES, Recording, record, scaled
+from sb3_agpo.gradients.report import print_inspection
 
 CUSTOM = '''
 import numpy as np
@@ -281,6 +287,48 @@ def test_smooth_task_is_called_good_and_a_sparse_one_is_not(inspected: Inspectio
     assert "miss the largest changes" in verdict(misses)
 
 
+CLOCK = itertools.count(1)  # no copy of an environment has its own
+
+
+class Clocked(HopperEnv):
+    """A hopper whose reward depends on how many steps this process has made."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, *rest = super().step(action)
+        return obs, float(reward) + next(CLOCK), *rest
+
+
+def test_steps_without_usable_derivatives_say_nothing() -> None:
+    """Such a task is not called rough, and does not end in means of nothing."""
+    env = Clocked()
+    policy = make_policy(env, None, None, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = inspect_environment(env, policy, Sizes(steps=12, moments=3, actions=4))
+        assert isinstance(found, Inspection) and not found.usable.any()
+        assert "AGPO would stop with an error" in verdict(found)
+        console = Console(file=StringIO(), width=160)
+        print_inspection(console, "clock", found)
+        assert "nan" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert {prediction.n_moments for prediction in found.predictions} == {0}
+
+
+def test_an_inspected_environment_trains_as_any_other() -> None:
+    """The recorders are gone, one that was there is there again, and another inspection finds the same."""
+    env = gym.make("Hopper-v5")
+    policy = make_policy(env, None, None, seed=0)
+    first, second = (inspect_environment(env, policy, Sizes(steps=6, moments=2, actions=2)) for _ in range(2))
+    assert isinstance(first, Inspection) and isinstance(second, Inspection) and find_recorder(env) is None
+    np.testing.assert_array_equal(first.recording.jacobians[0].valid, second.recording.jacobians[0].valid)
+    options = FiniteDifferences(position_step=5e-4)
+    model = small_model(env, learning_starts=8, finite_differences=options)
+    recorder = find_recorder(model.env.envs[0])  # type: ignore[union-attr]
+    assert recorder is not None and recorder.dynamics.perturbations.steps[0] == 5e-4  # type: ignore[union-attr]
+    inspect_environment(env, policy, Sizes(steps=6, moments=2, actions=2))
+    assert find_recorder(model.env.envs[0]) is recorder  # type: ignore[union-attr]
+    model.learn(24)
+
+
 class CountedSteps(HopperEnv):
     """A hopper whose reward counts steps: nothing that an action changes."""
 
@@ -324,11 +372,16 @@ def test_moments_at_which_the_environment_fails_are_left_out() -> None:
     assert isinstance(found, Inspection)
     told = [str(warning.message) for warning in caught if "moments are left out" in str(warning.message)]
     expected = "4 of 8 moments are left out, at which the environment's own code failed; the first with RuntimeError: odd"
-    assert told == [expected, expected]
+    assert told == [expected]  # for the parts of the reward; where derivatives failed as well, no other actions are tried
     assert {prediction.n_moments for prediction in found.predictions} == {4}
     assert {part.name for part in found.reward} == {"reward_forward", "reward_ctrl", "reward_survive"}
+    trusted = [own._replace(valid=np.ones_like(own.valid)) for own in found.recording.jacobians]
+    recording = found.recording._replace(jacobians=tuple(trusted))
+    with pytest.warns(RuntimeWarning, match=re.escape(expected)):
+        (some, *_) = measure_predictions(recording, horizon=1, noise=0.1, n_actions=2, seed=0)
+    assert some.n_moments == 4
     with pytest.warns(RuntimeWarning, match="4 of 4 moments are left out"):
-        (nothing, *_) = measure_predictions(found.recording, horizon=5, noise=0.1, n_actions=2, seed=0)
+        (nothing, *_) = measure_predictions(recording, horizon=5, noise=0.1, n_actions=2, seed=0)
     assert nothing.n_moments == 0 and np.isnan(nothing.explained)
 
 
@@ -390,6 +443,25 @@ def test_class_in_a_module(custom: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert make_environment("sb3_agpo:sb3_agpo/LinearQuadratic-v0").spec is not None
 
 
+def test_file_that_imports_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "neighbour_of_calm.py").write_text("from gymnasium.envs.mujoco.hopper_v5 import HopperEnv\n")
+    path = tmp_path / "with_neighbour.py"
+    path.write_text("from neighbour_of_calm import HopperEnv\n\nclass Mine(HopperEnv):\n    pass\n")
+    assert type(make_environment(f"{path}:Mine")).__name__ == "Mine"
+
+
+def test_environment_that_cannot_be_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "locked.py"
+    path.write_text(
+        "import threading\nfrom sb3_agpo.dynamics.torch_tasks import LinearQuadraticEnv\n\n"
+        "class Locked(LinearQuadraticEnv):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.lock = threading.Lock()\n"
+    )
+    assert main([f"{path}:Locked", "--steps", "5", "--output", str(tmp_path / "x.png")]) == 2
+    assert "Locked cannot be copied" in capsys.readouterr().err
+
+
 def test_file_without_the_class(custom: Path) -> None:
     with pytest.raises(ValueError, match=r"\(ImportError: the file .*calm_hopper.py has no `CalmHoper`\); give"):
         make_environment(f"{custom}:CalmHoper")
@@ -411,6 +483,8 @@ def test_file_without_the_class(custom: Path) -> None:
         (["Hopper-v5", "--noise", "2"], "--noise is 2"),
         (["Hopper-v5", "--horizon", "9", "--steps", "5"], "play more steps"),
         (["Hopper-v5", "--output", "nope/x.png"], "there is no folder nope"),
+        (["Hopper-v5", "--output", "x.pdf"], "give the name of a picture"),
+        (["Hopper-v5", "--seed", "-1"], "--seed is -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -22,6 +22,7 @@ from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 from sb3_agpo.dynamics.recorder import ProviderReport
 from sb3_agpo.gradients.environment import Policy, make_environment, make_policy
 from sb3_agpo.gradients.inspection import Sizes, inspect_environment
+from sb3_agpo.gradients.replay import CopyError
 from sb3_agpo.gradients.report import print_inspection, print_without_derivatives
 
 DEFAULT = Sizes()
@@ -70,6 +71,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--noise is {options.noise:g}; give a number above 0 and up to 1, such as 0.1")
     if options.horizon is not None and options.horizon > options.steps:
         raise ValueError(f"--horizon is {options.horizon}, more than the {options.steps} of --steps; play more steps")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed is {options.seed}; give a number from 0 to {2**32 - 1}")
+    if options.output.suffix.lower() != ".png" or options.output.is_dir():
+        raise ValueError(f"--output is {options.output}; give the name of a picture, such as gradients.png")
     if not options.output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {options.output.parent}; make it first")
     import sb3_agpo.tracking.figures  # noqa: F401 - raises ImportError without matplotlib
@@ -111,6 +116,9 @@ def run(options: argparse.Namespace, env: gym.Env, policy: Policy) -> int:
     sizes = Sizes(options.steps, options.moments, DEFAULT.actions, options.noise)
     try:
         found = inspect_environment(env, policy._replace(horizon=options.horizon or policy.horizon), sizes, options.seed, bars)
+    except CopyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     finally:
         bars.close()
     if isinstance(found, ProviderReport):

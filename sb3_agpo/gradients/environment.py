@@ -92,13 +92,14 @@ def _import(source: str) -> ModuleType:
     return module
 
 
-def default_horizon() -> int:
+def default_of(argument: str) -> Any:
     """
-    Steps of AGPO's windows unless one says otherwise.
+    What AGPO does unless one says otherwise.
 
-    :return: the default of its argument
+    :param argument: of its constructor
+    :return: the argument's default
     """
-    return int(inspect.signature(AGPO).parameters["horizon"].default)
+    return inspect.signature(AGPO).parameters[argument].default
 
 
 def make_policy(env: gym.Env[Any, Any], model: Path | None, normalization: Path | None, seed: int) -> Policy:
@@ -116,7 +117,7 @@ def make_policy(env: gym.Env[Any, Any], model: Path | None, normalization: Path 
         if normalization is not None:
             raise ValueError(f"--normalization {normalization} is of no use without --model; give both")
         env.action_space.seed(seed)
-        return Policy(lambda _: env.action_space.sample(), "uniformly random actions", default_horizon())
+        return Policy(lambda _: env.action_space.sample(), "uniformly random actions", default_of("horizon"))
     loaded = load_model(model, env)
     normalize: Callable[[Any], Any] = _read_normalization(normalization, env).normalize_obs if normalization else np.asarray
 
@@ -127,7 +128,7 @@ def make_policy(env: gym.Env[Any, Any], model: Path | None, normalization: Path 
     description = f"stochastic policy of {model.name} ({loaded.num_timesteps:,} steps of training)"
     if isinstance(loaded, AGPO):
         return Policy(act, description, loaded.horizon, loaded.finite_differences)
-    return Policy(act, description, default_horizon())
+    return Policy(act, description, default_of("horizon"))
 
 
 def _read_normalization(path: Path, env: gym.Env[Any, Any]) -> VecNormalize:

@@ -73,11 +73,12 @@ def measure_predictions(
     :param n_actions: other first actions at each moment
     :param seed: of the noise
     :param progress: called with 1 for each moment
-    :return: agreement with each of the difference options; moments at which the environment's own code fails are left out,
-        with a warning
+    :return: agreement with each of the difference options; left out are moments whose window has a step without usable
+        derivatives and, with a warning, those at which the environment's own code fails
     """
     random = np.random.default_rng(seed)
-    fits = set(windows(recording.ends, horizon).tolist())
+    usable = recording.jacobians[recording.base].valid
+    fits = {first for first in windows(recording.ends, horizon).tolist() if usable[first : first + horizon].all()}
     moments = [moment for moment in recording.moments if moment.step in fits]
     gradients, deviations, changes = [], [], []
     errors: list[Exception] = []

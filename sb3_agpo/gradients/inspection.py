@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sb3_agpo.dynamics.interface import Array
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import ProviderReport
-from sb3_agpo.gradients.environment import Policy
+from sb3_agpo.gradients.environment import Policy, default_of
 from sb3_agpo.gradients.experiments import Cost, RewardPart, measure_cost, measure_predictions, reward_parts
 from sb3_agpo.gradients.measures import Prediction, Roughness, growth, norms, roughness
 from sb3_agpo.gradients.names import action_names, state_names
@@ -58,6 +58,11 @@ class Inspection(NamedTuple):
     cost: Cost
 
     @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Whether the derivatives of a step, as AGPO would make them, are usable, shape ``(T,)``."""
+        return self.recording.jacobians[self.recording.base].valid
+
+    @property
     def contacts_changed(self) -> NDArray[np.bool_]:
         """Whether other bodies touched in a step than in the one before, shape ``(T,)``; not in the first of an episode."""
         recording = self.recording
@@ -95,10 +100,18 @@ def verdict(found: Inspection) -> str:
     :return: text
     """
     best = found.predictions[found.best]
+    share = found.usable.mean()
+    if share < 1.0 - default_of("max_invalid_fraction"):
+        return (
+            f"The derivatives of only {share:.0%} of the steps are usable, so that AGPO would stop with an error. Something "
+            "that a step depends on may not be part of the simulator's state (a counter, a filter, random numbers), or "
+            'the difference steps do not suit. AGPO learns here without derivatives: gradient_mode="q".'
+        )
     if best.n_moments == 0:
         return (
-            f"No recorded moment was followed by {found.horizon} steps of its episode, so that nothing could be compared. "
-            "Play more steps, look at a shorter horizon, or let a trained model act, whose episodes last longer."
+            f"No recorded moment was followed by {found.horizon} steps of its episode with usable derivatives, so that "
+            "nothing could be compared. Play more steps, look at a shorter horizon, or let a trained model act, whose "
+            "episodes last longer."
         )
     if best.n_windows == 0:
         return (

@@ -11,6 +11,10 @@ from gymnasium.envs.mujoco import MujocoEnv
 from sb3_agpo.dynamics.private_copy import PrivateCopy, Situation
 
 
+class CopyError(ValueError):
+    """An environment that Python cannot copy."""
+
+
 class Replay(Protocol):
     """Moments of a live environment, and copies of it that start there. The live environment is never changed."""
 
@@ -96,7 +100,7 @@ def make_replay(env: gym.Env[Any, Any]) -> Replay:
 
     :param env: environment, wrapped or not
     :return: the way back into its unwrapped environment
-    :raises ValueError: if Python cannot copy it
+    :raises CopyError: if Python cannot copy it
     """
     unwrapped = env.unwrapped
     if isinstance(unwrapped, MujocoEnv):
@@ -105,7 +109,7 @@ def make_replay(env: gym.Env[Any, Any]) -> Replay:
     try:
         replay.remember()
     except Exception as error:  # whatever an attribute's own copying raises
-        raise ValueError(
+        raise CopyError(
             f"{type(unwrapped).__name__} cannot be copied ({type(error).__name__}: {error}), which trying other actions "
             "needs; give it a `__deepcopy__`"
         ) from error

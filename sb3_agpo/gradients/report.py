@@ -72,7 +72,7 @@ def _overview(found: Inspection) -> Table:
     jacobians, effects = recording.jacobians[recording.base], recording.effects
     table = _table("Derivatives", "", "")
     table.add_row("source", f"{recording.report.kind}: {recording.report.reason}")
-    table.add_row("usable steps", f"{jacobians.valid.mean():.1%} (finite, not exploding, of the step that was really taken)")
+    table.add_row("usable steps", f"{found.usable.mean():.1%} (finite, not exploding, of the step that was really taken)")
     idle = [name for name, matters in zip(found.states, effects.state_matters, strict=True) if not matters]
     without = f"; without effect: {', '.join(idle)}" if idle else ""
     table.add_row("state", f"{effects.state_matters.sum()} of {len(found.states)} coordinates matter{without}")
@@ -82,12 +82,13 @@ def _overview(found: Inspection) -> Table:
         f"{moves.sum()} of {len(moves)} entries are differentiable"
         + (f", {memory.sum()} of them a memory of the last step (contact forces, ...)" if memory.any() else ""),
     )
-    by_action, by_state = (d[jacobians.valid].any(axis=1).mean() for d in (jacobians.r_a, jacobians.r_x))
-    table.add_row("reward", f"changes with the action in {by_action:.0%} of the steps, with the state in {by_state:.0%}")
-    table.add_row("norm of dx'/dx", _quantiles(found.norm_A[jacobians.valid]))
-    table.add_row("norm of dx'/da", _quantiles(found.norm_B[jacobians.valid]))
+    if found.usable.any():
+        by_action, by_state = (d[found.usable].any(axis=1).mean() for d in (jacobians.r_a, jacobians.r_x))
+        table.add_row("reward", f"changes with the action in {by_action:.0%} of the steps, with the state in {by_state:.0%}")
+    table.add_row("norm of dx'/dx", _quantiles(found.norm_A[found.usable]))
+    table.add_row("norm of dx'/da", _quantiles(found.norm_B[found.usable]))
     grown = ", ".join(f"{value:.3g} in {steps}" for steps, value in found.growth.items() if np.isfinite(value))
-    table.add_row("growth of small changes", f"{grown} steps")
+    table.add_row("growth of small changes", f"{grown} steps" if grown else "none")
     table.add_row("roughness (0 to 1)", f"{_quantiles(found.roughness.by_step)}{_contact_note(found)}")
     rows = f", {cost.rows} simulated steps" if cost.rows else ""
     table.add_row("cost of a step", f"{1e3 * cost.step:.3g} ms to play, {1e3 * cost.derivative:.3g} ms to differentiate{rows}")
@@ -169,7 +170,8 @@ def _differences(found: Inspection) -> Table:
     for options, prediction, note in zip(found.recording.differences, found.predictions, notes_on_steps(found), strict=True):
         exact = found.recording.report.kind == "exact"
         step = "exact" if exact else f"position {options.position_step:g}, action {options.action_step:g}"
-        table.add_row(step, f"{prediction.explained:.0%}", f"{prediction.direction:.0%}", note)
+        known = (f"{share:.0%}" if np.isfinite(share) else "none" for share in (prediction.explained, prediction.direction))
+        table.add_row(step, *known, note)
     return table
 
 
