@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.agpo import AGPO
+from sb3_agpo.agpo.checkpoint import constructor_arguments
 from sb3_agpo.command_line import EXIT_USAGE, check_at_least
 from sb3_agpo.tracking.normalization import held_normalization
 
@@ -48,6 +49,7 @@ EVALUATION_SEED = 1_000_000
 FAULTS = (
     gym.error.Error,
     ImportError,
+    AssertionError,
     AttributeError,
     ValueError,
     KeyError,
@@ -57,27 +59,8 @@ FAULTS = (
     pickle.UnpicklingError,
 )
 TAGS = ["deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3", "sb3-agpo"]
-#: settings that are shown on the card, as they were given to AGPO
-SHOWN = (
-    "learning_rate",
-    "critic_learning_rate",
-    "ent_coef_learning_rate",
-    "batch_size",
-    "gamma",
-    "tau",
-    "train_freq",
-    "gradient_steps",
-    "ent_coef",
-    "gradient_mode",
-    "horizon",
-    "rollout_size",
-    "rollout_epochs",
-    "gate",
-    "critic_grad_coef",
-    "policy_delay",
-    "finite_differences",
-    "policy_kwargs",
-)
+#: arguments that the card does not show: they do not matter, or stand elsewhere
+HIDDEN = ("policy", "env", "stats_window_size", "tensorboard_log", "verbose", "seed", "device", "_init_setup_model")
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -147,13 +130,14 @@ def repository_name(env_id: str) -> str:
     return f"{ALGORITHM}-{env_id.rpartition(':')[2].replace('/', '-')}"
 
 
-def model_card(model: AGPO, env_id: str, evaluation: Evaluation) -> ModelCard:
+def model_card(model: AGPO, env_id: str, evaluation: Evaluation, normalized: bool) -> ModelCard:
     """
     Write a model card.
 
     :param model: the model
     :param env_id: Gymnasium's id of the environment
     :param evaluation: of the model
+    :param normalized: whether the model needs the file of a ``VecNormalize``
     :return: the card, its metadata included
     """
     name = repository_name(env_id)
@@ -169,21 +153,21 @@ def model_card(model: AGPO, env_id: str, evaluation: Evaluation) -> ModelCard:
         dataset_id=env_id,
     )
     data = ModelCardData(library_name="stable-baselines3", tags=[env_id, *TAGS], **results)
-    normalized = model.get_vec_normalize_env() is not None
     make_env = (NORMALIZED_ENV if normalized else PLAIN_ENV).format(env_id=env_id, name=name, file=NORMALIZATION)
+    shown = [name for name in constructor_arguments(type(model)) if name not in HIDDEN and hasattr(model, name)]
     versions = stable_baselines3.get_system_info(print_info=False)[0]
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         env_id=env_id,
         name=name,
-        steps=f"{model.num_timesteps:,}",
+        steps=f"{model._earlier_timesteps + model.num_timesteps:,}",
         seed=model.seed,
         source=f"`{model.provider_report.kind}` ({model.provider_report.reason})",
         episodes=evaluation.episodes,
         result=result,
         make_env=make_env,
-        settings="\n".join(f"{setting} = {_readable(getattr(model, setting))}" for setting in SHOWN),
+        settings="\n".join(f"{setting} = {_readable(getattr(model, setting))}" for setting in shown),
         versions="\n".join(f"- {what}: {which}" for what, which in {"sb3-agpo": __version__, **versions}.items()),
     )
 
@@ -204,16 +188,20 @@ def write_hub_folder(
     :param model: the model
     :param env_id: Gymnasium's id of its environment
     :param folder: to be written; must not exist or be empty. It gets everything, or nothing if there is an error
-    :param env: to evaluate it in; None to make it by its id. With a ``VecNormalize``, its statistics are not changed
+    :param env: to evaluate it in; None to make it by its id. A ``VecNormalize`` around it is left as it is; it is that of the
+        model if the model has none of its own
     :param episodes: of the evaluation, which begin in the same states each time
     :return: the evaluation
     :raises ValueError: if the folder has something in it, or cannot be made
     """
     folder = Path(folder)
     _check_folder(folder)
+    normalization = model.get_vec_normalize_env()
+    if normalization is None and env is not None:  # a model that was loaded without its environment
+        normalization = unwrap_vec_normalize(env)
     with _complete_or_not_at_all(folder) as place:
-        evaluation = _evaluate(model, env_id, env, episodes)
-        _write(model, env_id, place, evaluation)
+        evaluation = _evaluate(model, env_id, env, normalization, episodes)
+        _write(model, env_id, place, normalization, evaluation)
     return evaluation
 
 
@@ -252,24 +240,25 @@ def _complete_or_not_at_all(folder: Path) -> Iterator[Path]:
             source.rename(target)
 
 
-def _evaluate(model: AGPO, env_id: str, env: VecEnv | None, episodes: int) -> Evaluation:
+def _evaluate(model: AGPO, env_id: str, env: VecEnv | None, normalization: VecNormalize | None, episodes: int) -> Evaluation:
     """
     Play episodes with the deterministic policy, which begin in the same states each time.
 
     :param model: the model
     :param env_id: Gymnasium's id of its environment
     :param env: to evaluate it in; None to make it by its id
+    :param normalization: of the model's observations, if it needs one
     :param episodes: how many
     :return: the evaluation
     """
-    normalization, own = model.get_vec_normalize_env(), None
+    own = None
     if env is None:
         env = own = make_vec_env(env_id)
     if normalization is not None and unwrap_vec_normalize(env) is None:
-        env = _frozen(normalization, env)
+        env = VecNormalize(env, norm_obs=False)
     try:
         env.seed(EVALUATION_SEED)
-        with held_normalization(env):
+        with held_normalization(env, normalization):
             mean, deviation = evaluate_policy(model, env, n_eval_episodes=episodes, deterministic=True)
     finally:
         if own is not None:
@@ -277,16 +266,17 @@ def _evaluate(model: AGPO, env_id: str, env: VecEnv | None, episodes: int) -> Ev
     return Evaluation(float(mean), float(deviation), episodes)  # type: ignore[arg-type]
 
 
-def _write(model: AGPO, env_id: str, folder: Path, evaluation: Evaluation) -> None:
+def _write(model: AGPO, env_id: str, folder: Path, normalization: VecNormalize | None, evaluation: Evaluation) -> None:
     """
     Write the files.
 
     :param model: the model
     :param env_id: Gymnasium's id of its environment
     :param folder: of the files
+    :param normalization: of the model's observations, if it needs one
     :param evaluation: of the model
     """
-    path, normalization = folder / f"{repository_name(env_id)}.zip", model.get_vec_normalize_env()
+    path = folder / f"{repository_name(env_id)}.zip"
     model.save(path)
     if normalization is not None:
         normalization.save(str(folder / NORMALIZATION))
@@ -300,15 +290,7 @@ def _write(model: AGPO, env_id: str, folder: Path, evaluation: Evaluation) -> No
         "eval_datetime": datetime.datetime.now().isoformat(),
     }
     (folder / "results.json").write_text(json.dumps(results))
-    model_card(model, env_id, evaluation).save(folder / "README.md")
-
-
-def _frozen(normalization: VecNormalize, env: VecEnv) -> VecNormalize:
-    """Another environment with the same normalisation of observations, which stays as it is."""
-    frozen = VecNormalize(env, training=False, norm_reward=False, clip_obs=normalization.clip_obs)
-    frozen.norm_obs, frozen.norm_obs_keys = normalization.norm_obs, normalization.norm_obs_keys
-    frozen.epsilon, frozen.obs_rms = normalization.epsilon, normalization.obs_rms
-    return frozen
+    model_card(model, env_id, evaluation, normalization is not None).save(folder / "README.md")
 
 
 def _saved_data(path: Path) -> dict[str, Any]:
@@ -331,7 +313,7 @@ def _saved_data(path: Path) -> dict[str, Any]:
 
 def load_for_card(path: Path, env_id: str, normalization: Path | None) -> AGPO:
     """
-    Load a model together with its environment.
+    Load a model together with its environment, to be looked at and not to be trained: its replay buffer has room for one step.
 
     :param path: file that ``AGPO.save`` wrote; a pickle: load only files that you trust
     :param env_id: Gymnasium's id of its environment
@@ -349,7 +331,7 @@ def load_for_card(path: Path, env_id: str, normalization: Path | None) -> AGPO:
             env = VecNormalize.load(str(normalization), env)
         # A replay buffer of the size it was trained with would only take memory
         model = AGPO.load(path, env=env, device="cpu", custom_objects={"buffer_size": 1})
-        model.buffer_size = buffer_size  # that of the file, for whoever trains it further
+        model.buffer_size = buffer_size  # that of the file, which the card shows
         return model
     except FAULTS as error:
         raise ValueError(f"{path} and {env_id} do not go together, or one of them is wrong ({error})") from error

@@ -8,6 +8,7 @@ import socket
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_models import SMALL, small_model
 from stable_baselines3.common.env_util import make_vec_env
@@ -77,7 +78,7 @@ def test_card_has_the_metadata_of_huggingface_sb3(saved: Path) -> None:
     from huggingface_sb3 import EnvironmentName, ModelName
 
     model = hub.load_for_card(saved / "model.zip", ENV, saved / "normalization.pkl")
-    card = hub.model_card(model, ENV, hub.Evaluation(12.345, 6.789, 3))
+    card = hub.model_card(model, ENV, hub.Evaluation(12.345, 6.789, 3), normalized=True)
     own = card.data.to_dict()
     theirs = push_to_hub._generate_metadata("AGPO", ENV, 12.345, 6.789).to_dict()
     assert set(theirs["tags"]) <= set(own["tags"])
@@ -88,13 +89,15 @@ def test_card_has_the_metadata_of_huggingface_sb3(saved: Path) -> None:
 
 def test_card_says_how_the_model_was_made_and_its_code_is_complete(saved: Path) -> None:
     model = hub.load_for_card(saved / "model.zip", ENV, saved / "normalization.pkl")
-    text = hub.model_card(model, ENV, hub.Evaluation(12.0, 1.0, 3)).text
+    text = hub.model_card(model, ENV, hub.Evaluation(12.0, 1.0, 3), normalized=True).text
     for part in (
         "60 environment steps",
         "seed 0",
         "`mujoco`",
         "12.00 +/- 1.00",
         "batch_size = 16",
+        "n_steps = ",
+        "exploration_noise = 'white'",
         "horizon = ",
         "gate = VarianceSwitch(ratio=8.0)\n",
         "PyTorch",
@@ -123,6 +126,32 @@ def test_the_evaluation_is_the_same_each_time(tmp_path: Path) -> None:
         hub.write_hub_folder(model, task, tmp_path / name, env, episodes=3)
     evaluations = {episodes_of(tmp_path / name) for name in ("first", "second", "third", "fourth")}
     assert len(evaluations) == 1 and evaluations.pop()[1] > 0.0  # different states within an evaluation
+
+
+def test_one_normalisation_is_evaluated_and_written(tmp_path: Path) -> None:
+    """The model's, whatever the given environment does; and the environment's if the model has none."""
+    task = "InvertedDoublePendulum-v5"
+    model = small_model(VecNormalize(make_vec_env(task, seed=0))).learn(60)
+    other = VecNormalize(make_vec_env(task, seed=1))
+    other.reset()
+    mean = other.obs_rms.mean.copy()  # type: ignore[union-attr]
+    for name, env in (("own", None), ("given", other)):
+        hub.write_hub_folder(model, task, tmp_path / name, env, episodes=3)
+    assert np.array_equal(other.obs_rms.mean, mean)  # type: ignore[union-attr]
+    model.save(tmp_path / "model.zip")
+    model.get_vec_normalize_env().save(str(tmp_path / "normalization.pkl"))  # type: ignore[union-attr]
+    normalized = VecNormalize.load(str(tmp_path / "normalization.pkl"), make_vec_env(task))
+    hub.write_hub_folder(AGPO.load(tmp_path / "model.zip"), task, tmp_path / "loaded", normalized, episodes=3)
+    assert len({episodes_of(tmp_path / name) for name in ("own", "given", "loaded")}) == 1
+    assert (tmp_path / "loaded" / "vec_normalize.pkl").is_file()
+    assert "VecNormalize.load" in (tmp_path / "loaded" / "README.md").read_text()
+
+
+def test_rewards_alone_are_normalised(tmp_path: Path) -> None:
+    model = small_model(VecNormalize(make_vec_env(ENV, seed=0), norm_obs=False)).learn(60)
+    model.learn(60)
+    hub.write_hub_folder(model, ENV, tmp_path / "card", episodes=1)
+    assert "trained for 120 environment steps" in (tmp_path / "card" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("exists", [False, True])

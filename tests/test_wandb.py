@@ -407,9 +407,19 @@ def test_environments_that_normalise_do_so_as_in_training() -> None:
     env.seed(3)
     first = training.normalize_obs(env.venv.reset())
     env.seed(3)
+    count = env.obs_rms.count  # type: ignore[union-attr]
     record_episode(model, env, max_frames=1)
     assert np.array_equal(seen[0], first)
-    assert env.obs_rms.count == training.obs_rms.count and env.training and env.norm_reward  # type: ignore[union-attr]
+    assert env.obs_rms.count == count and env.training and env.norm_reward  # type: ignore[union-attr]
+
+
+def test_videos_where_rewards_alone_are_normalised() -> None:
+    """``VecNormalize`` has no statistics of observations then."""
+    model = AGPO("MlpPolicy", VecNormalize(make_vec_env(ENVIRONMENT), norm_obs=False), **SMALL).learn(40)
+    for norm_obs in (True, False):
+        env = VecNormalize(DummyVecEnv([lambda: Painted(gym.make(ENVIRONMENT))]), norm_obs=norm_obs)
+        frames, _ = record_episode(model, env, max_frames=2)
+        assert len(frames) == 2 and env.norm_obs is norm_obs
 
 
 def test_recording_a_gate_leaves_the_model_alone() -> None:

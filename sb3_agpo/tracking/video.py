@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.agpo.rollout_buffer import DifferentiableRolloutBuffer, Transition
+from sb3_agpo.agpo.rollout_buffer import DifferentiableRolloutBuffer, RolloutWindows, Transition
 from sb3_agpo.agpo.updates import window_update
-from sb3_agpo.dynamics.recorder import TransitionRecorder, install_recorder
+from sb3_agpo.dynamics.recorder import TransitionRecorder, install_recorder, kept_recorder
 from sb3_agpo.tracking.normalization import held_normalization
 
 MAX_FRAMES = 200  # of a video; a longer episode is cut
@@ -43,7 +42,10 @@ def encode_animation(frames: list[NDArray[np.uint8]], frames_per_second: float) 
     :param frames: pictures of shape ``(height, width, 3)``, at least one
     :param frames_per_second: speed of playing
     :return: the video
+    :raises ValueError: if the speed is not positive
     """
+    if frames_per_second <= 0.0:
+        raise ValueError(f"`frames_per_second` must be positive, got {frames_per_second!r}; 30 is usual")
     # GIF counts in hundredths of a second, and browsers show a picture of less than two of them much longer
     every = math.ceil(SHORTEST_PICTURE * frames_per_second / 1000.0)
     duration = round(every * 100.0 / frames_per_second) * 10  # milliseconds
@@ -60,8 +62,8 @@ def record_episode(
     Play one episode with the deterministic policy.
 
     :param model: the model; observations are normalised as in its training environment
-    :param env: environment with ``render_mode="rgb_array"``. A ``VecNormalize`` of its own is given the statistics of the
-        training environment's, as ``EvalCallback`` does
+    :param env: environment with ``render_mode="rgb_array"``. A ``VecNormalize`` of its own does as that of the training
+        environment meanwhile
     :param max_frames: pictures at which a longer episode is cut
     :return: pictures of shape ``(height, width, 3)``, how many of them make a second
     :raises ValueError: if the environment draws no pictures
@@ -70,10 +72,9 @@ def record_episode(
     if venv.render_mode != "rgb_array":
         raise ValueError(f'videos need an environment with `render_mode="rgb_array"`, got {venv.render_mode!r}')
     frames: list[NDArray[np.uint8]] = []
-    with held_normalization(venv) as own:
-        normalization = model.get_vec_normalize_env()
-        if own is not None and normalization is not None:
-            own.obs_rms, normalization = copy.deepcopy(normalization.obs_rms), None
+    training = model.get_vec_normalize_env()
+    with held_normalization(venv, training) as own:
+        normalization = training if own is None else None  # what the environment does not do itself
         observations, done = venv.reset(), False
         while not done and len(frames) < max_frames:
             frame = venv.render()
@@ -84,7 +85,7 @@ def record_episode(
             actions, _ = model.predict(observations, deterministic=True)  # type: ignore[arg-type]
             observations, _, dones, _ = venv.step(actions)
             done = bool(dones[0])
-    return frames, float(venv.metadata.get("render_fps", DEFAULT_SPEED))  # type: ignore[arg-type]
+    return frames, float(venv.metadata.get("render_fps") or DEFAULT_SPEED)  # type: ignore[arg-type]
 
 
 def record_gate(
@@ -94,7 +95,7 @@ def record_gate(
     Play one episode with the stochastic policy, as in training, and weigh each of its steps as an update would.
 
     :param model: the model; observations are normalised as in its training environment
-    :param env: environment with ``render_mode="rgb_array"`` whose steps have derivatives; a recorder is put into it
+    :param env: environment with ``render_mode="rgb_array"`` whose steps have derivatives
     :param max_frames: pictures at which a longer episode is cut
     :param seed: of the episode
     :return: pictures of shape ``(height, width, 3)``, the gate's weight at each of them (1: the gradient is the
@@ -103,7 +104,17 @@ def record_gate(
     """
     if env.render_mode != "rgb_array":
         raise ValueError(f'videos need an environment with `render_mode="rgb_array"`, got {env.render_mode!r}')
-    env = install_recorder(env, model.finite_differences)
+    with kept_recorder(env):
+        frames, windows = _play_windows(model, install_recorder(env, model.finite_differences), max_frames, seed)
+    update = window_update(model.policy, windows, model._gate(), model.gamma, model._current_ent_coef())
+    weights = update.gradient.weight.detach().double().cpu().numpy().T.flatten()[: len(frames)]  # one window after another
+    return frames, weights, float(env.metadata.get("render_fps") or DEFAULT_SPEED)
+
+
+def _play_windows(
+    model: AGPO, env: gym.Env[Any, Any], max_frames: int, seed: int | None
+) -> tuple[list[NDArray[np.uint8]], RolloutWindows]:
+    """Play an episode with the stochastic policy; its pictures, and its steps as windows."""
     recorder = env.get_wrapper_attr("recorder")
     assert isinstance(recorder, TransitionRecorder)
     if recorder.dynamics is None:
@@ -125,11 +136,10 @@ def record_gate(
         before, after = (np.asarray(each, dtype=np.float32)[None] for each in (observation, next_observation))
         buffer.add(Transition(before, after, actions, unknown, rewards, *ends))
         observation = next_observation
-    buffer.add_derivatives(recorder.take_derivatives(len(frames)))
-    windows = buffer.windows(normalization)
-    update = window_update(model.policy, windows, model._gate(), model.gamma, model._current_ent_coef())
-    weights = update.gradient.weight.detach().double().cpu().numpy().T.flatten()[: len(frames)]  # one window after another
-    return frames, weights, float(env.metadata.get("render_fps", DEFAULT_SPEED))
+    derivatives = recorder.take_derivatives(len(frames))
+    # As in training: where an episode ends, a derivative sees nothing of what matters
+    buffer.add_derivatives(derivatives._replace(valid=derivatives.valid & ~buffer.pending_terminated()))
+    return frames, buffer.windows(normalization)
 
 
 def draw_gate(frames: list[NDArray[np.uint8]], weights: NDArray[np.float64]) -> list[NDArray[np.uint8]]:
