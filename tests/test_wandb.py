@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from PIL import Image as PillowImage
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.logger import Figure, HParam, Image, TensorBoardOutputFormat, Video
+from stable_baselines3.common.logger import Figure, HParam, Image, TensorBoardOutputFormat, Video, configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,11 +30,12 @@ from wandb_files import Offline
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, VarianceSwitch
+from sb3_agpo.dynamics.recorder import find_recorder
 from sb3_agpo.tracking.figures import read_progress
 from sb3_agpo.tracking.gate_recorder import GateRecorder
 from sb3_agpo.tracking.outputs import ProgressFile
 from sb3_agpo.tracking.pictures import frames_of, picture_of
-from sb3_agpo.tracking.video import encode_animation, record_episode
+from sb3_agpo.tracking.video import encode_animation, record_episode, record_gate
 from sb3_agpo.tracking.wandb import (
     FIGURES,
     STEP,
@@ -300,15 +302,43 @@ def test_a_run_of_its_own_cannot_be_synchronised(tmp_path: Path) -> None:
     assert offline.series("train/ent_coef")
 
 
+class Interrupt(BaseCallback):
+    """Ctrl-C, after 60 steps."""
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == 60:
+            raise KeyboardInterrupt
+        return True
+
+
+def test_after_an_interrupt_a_run_of_the_users_own_is_used(tmp_path: Path) -> None:
+    """Also if it goes on with the callback's: whoever opened it closes it."""
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+    callback = callback_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(100, callback=[callback, Interrupt()])
+    wandb.finish()
+    run = wandb.init(id=callback.run_id, resume="allow", dir=str(tmp_path))
+    for used in (callback, AGPOWandbCallback()):
+        model.learn(20, callback=used, reset_num_timesteps=False)
+        assert wandb.run is run and used.run_id == run.id
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_after_an_interrupt_the_users_logger_goes_on(again: bool, tmp_path: Path) -> None:
+    """It is kept over calls of ``learn``, unlike SB3's own; nothing of the finished run is left in the way."""
+    model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
+    model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+    first = callback_in(tmp_path)
+    with pytest.raises(KeyboardInterrupt), wandb.init(dir=str(tmp_path)):
+        model.learn(100, callback=[first, Interrupt()])
+    model.learn(200, callback=callback_in(tmp_path) if again else None, reset_num_timesteps=False)
+    assert (type(model) is AGPO) is again
+    assert len(model.logger.output_formats) == (1 if again else 3)
+
+
 def test_a_run_that_was_interrupted_is_not_gone_on_with(tmp_path: Path) -> None:
     """SB3 tells callbacks nothing of an error or Ctrl-C; the next run is another one, the same callback's is the same."""
-
-    class Interrupt(BaseCallback):
-        def _on_step(self) -> bool:
-            if self.num_timesteps == 60:
-                raise KeyboardInterrupt
-            return True
-
     model = AGPO("MlpPolicy", ENVIRONMENT, **SMALL)
     first, second = (callback_in(tmp_path / name, histogram_freq=20) for name in ("first", "second"))
     (tmp_path / "first").mkdir(), (tmp_path / "second").mkdir()
@@ -422,6 +452,20 @@ def test_videos_where_rewards_alone_are_normalised() -> None:
         assert len(frames) == 2 and env.norm_obs is norm_obs
 
 
+def test_gate_of_an_episode() -> None:
+    """As updates see it: the critic has the step that ends it; the environment's own recorder comes back."""
+    model = AGPO("MlpPolicy", Painted(gym.make(ENVIRONMENT)), gate=ConstantGate(1.0), **SMALL).learn(40)
+    env = model.env.envs[0]  # type: ignore[union-attr]
+    recorder = find_recorder(env)
+    frames, weights, _ = record_gate(model, env, seed=0)
+    assert weights.tolist() == [1.0] * (len(frames) - 1) + [0.0]
+    assert find_recorder(env) is recorder is not None
+    model.learn(40)
+    other = Painted(gym.make(ENVIRONMENT))
+    record_gate(model, other, seed=0)
+    assert find_recorder(other) is None
+
+
 def test_recording_a_gate_leaves_the_model_alone() -> None:
     """Weights are passed on and handed over once; the model's attributes are the user's, and so is its class afterwards."""
     model = AGPO("MlpPolicy", ENVIRONMENT, gate=ConstantGate(0.25), **SMALL)
@@ -480,6 +524,8 @@ def test_settings() -> None:
         ("text", str),
         (th.rand(4, 2), wandb.Histogram),
         (np.arange(3), wandb.Histogram),
+        (th.tensor([1.0, math.nan, math.inf]), wandb.Histogram),
+        (np.full(2, math.nan), type(None)),
         (Figure(matplotlib.figure.Figure(), close=False), wandb.Image),
         (Image(np.zeros((4, 4, 3), dtype=np.uint8), "HWC"), wandb.Image),
         (Image(np.zeros((3, 4, 4), dtype=np.uint8), "CHW"), wandb.Image),

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -52,8 +52,18 @@ FIGURES: dict[str, Callable[..., None]] = {
     "figures/gradient_statistics": gradient_statistics,
 }
 
-#: runs that a callback has started and not finished yet: id -> the callback, if it still exists
-_UNFINISHED: dict[str, weakref.ref[AGPOWandbCallback]] = {}
+
+class Unfinished(NamedTuple):
+    """A run that a callback has started and not finished yet."""
+
+    run: Run
+    owner: weakref.ref[AGPOWandbCallback]
+
+
+#: id -> the run
+_UNFINISHED: dict[str, Unfinished] = {}
+#: the callbacks that watch a model, or would have been the last to do so if nothing had ended their call of ``learn``
+_WATCHING: weakref.WeakKeyDictionary[BaseAlgorithm, weakref.WeakSet[AGPOWandbCallback]] = weakref.WeakKeyDictionary()
 
 
 class WandbOutputFormat(KVWriter):
@@ -74,6 +84,8 @@ class WandbOutputFormat(KVWriter):
         :param key_excluded: names and the outputs that are not to get them; ``"wandb"`` is this one
         :param step: environment steps
         """
+        if getattr(self.run, "_is_finished", False):  # an error or Ctrl-C left this behind in a logger of the user's own
+            return
         kept = {key: value for key, value in key_values.items() if "wandb" not in (key_excluded.get(key) or ())}
         converted = {key: to_wandb(value) for key, value in kept.items()}
         self.run.log({**{key: value for key, value in converted.items() if value is not None}, STEP: step})
@@ -96,7 +108,9 @@ def to_wandb(value: Any) -> Any:
         case bool() | int() | float() | np.number() | np.bool_():
             return float(value)
         case th.Tensor() | np.ndarray():
-            return wandb.Histogram(th.as_tensor(value).flatten().tolist())
+            values = th.as_tensor(value).flatten()
+            finite = values[values.isfinite()]  # wandb has no place for the others
+            return wandb.Histogram(finite.tolist()) if len(finite) else None
         case Figure():
             picture = BytesIO()  # wandb's own conversion needs `pyplot`, which chooses a backend for the whole process
             value.figure.savefig(picture, format="png")
@@ -217,6 +231,11 @@ class AGPOWandbCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._stop_watching()  # where an error or Ctrl-C ended the last call of `learn`, nobody else has done so
+        watching = _WATCHING.setdefault(self.model, weakref.WeakSet())
+        for stale in [other for other in watching if other.locals is not self.locals]:
+            stale._stop_watching()
+            watching.discard(stale)
+        watching.add(self)
         self._run = self._start_run()
         self.run_id = self._run.id
         self._run.define_metric(STEP)
@@ -247,8 +266,9 @@ class AGPOWandbCallback(BaseCallback):
         :raises ValueError: if the active run is another one than the user asked for
         """
         active = wandb.run
-        self._finish_run = active is None or active.id in _UNFINISHED
-        if active is not None and active.id in _UNFINISHED and not self._share(active.id):
+        started_here = active is not None and active.id in _UNFINISHED and _UNFINISHED[active.id].run is active
+        self._finish_run = active is None or started_here
+        if active is not None and started_here and not self._share(active.id):
             active.finish()
             active = None
         if active is None:
@@ -261,7 +281,7 @@ class AGPOWandbCallback(BaseCallback):
                 "leave `run_id` out"
             )
         if self._finish_run:
-            _UNFINISHED[active.id] = weakref.ref(self)
+            _UNFINISHED[active.id] = Unfinished(active, weakref.ref(self))
         return active
 
     def _share(self, run_id: str) -> bool:
@@ -272,7 +292,7 @@ class AGPOWandbCallback(BaseCallback):
         :return: whether to go on with it; not if an error or Ctrl-C ended another call of ``learn`` before its callback
             could finish the run
         """
-        owner = _UNFINISHED.pop(run_id)()
+        owner = _UNFINISHED.pop(run_id).owner()
         if owner is not None and owner is not self and owner.locals is self.locals:
             owner._finish_run = False  # both are of this call: whoever begins last ends last
             return True
