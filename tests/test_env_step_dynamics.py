@@ -27,7 +27,7 @@ from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
-from sb3_agpo.dynamics.recorder import TransitionRecorder, install_recorder
+from sb3_agpo.dynamics.recorder import RecorderWrapper, install_recorder
 
 Result = tuple[Any, Any, bool, bool, dict[str, Any]]
 COARSE = FiniteDifferences(1e-3, 1e-2, 1e-3, 0.1)  # the larger the action's step, the less its float32 rounding matters
@@ -308,14 +308,14 @@ def test_nothing_is_drawn() -> None:
 def test_running_with_derivatives_equals_running_without() -> None:
     live, twin = make_pair(Eventful, 0)
     recorded = install_recorder(live, COARSE)
-    assert isinstance(recorded, TransitionRecorder) and recorded.provider_report.kind == "env_step"
+    assert isinstance(recorded, RecorderWrapper) and recorded.agpo_report.kind == "env_step"
     first, second = recorded.reset(seed=3)[0], twin.reset(seed=3)[0]
     for i in range(12):
         np.testing.assert_array_equal(first, second)
         action = np.full(3, np.sin(i), np.float32)
         first, second = recorded.step(action.copy())[0], twin.step(action.copy())[0]
         assert everything_of(live)[:5] == everything_of(twin)[:5]
-    assert recorded.take_derivatives(10).valid.all()
+    assert recorded.agpo_recorder.take_derivatives(10).valid.all()
 
 
 # ---------------------------------------------------------------------- references

@@ -206,7 +206,7 @@ def test_a_thousand_resets_in_a_row() -> None:
     threads = threading.active_count()
     for _ in range(1000):
         assert np.isfinite(env.reset()).all()
-    assert threading.active_count() == threads and max(env.get_attr("n_recorded")) <= model.rollout_buffer.n_pending
+    assert threading.active_count() == threads and max(env.get_attr("agpo_n_recorded")) <= model.rollout_buffer.n_pending
     model.learn(60, reset_num_timesteps=False)
     assert finite_weights(model)
 

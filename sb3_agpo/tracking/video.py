@@ -104,7 +104,7 @@ def record_gate(
     if env.render_mode != "rgb_array":
         raise ValueError(f'videos need an environment with `render_mode="rgb_array"`, got {env.render_mode!r}')
     env = install_recorder(env, model.finite_differences)
-    recorder = env.get_wrapper_attr("recorder")
+    recorder = env.get_wrapper_attr("agpo_recorder")
     assert isinstance(recorder, TransitionRecorder)
     if recorder.dynamics is None:
         raise ValueError(f"there is no gate without derivatives: {recorder.provider_report.reason}")
