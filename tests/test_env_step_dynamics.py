@@ -6,6 +6,7 @@ import functools
 import random
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +25,11 @@ from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
+from sb3_agpo.dynamics import references
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
+from sb3_agpo.dynamics.private_copy import PrivateCopy
 from sb3_agpo.dynamics.recorder import RecorderWrapper, install_recorder
 
 Result = tuple[Any, Any, bool, bool, dict[str, Any]]
@@ -450,6 +453,110 @@ def test_other_functions_are_no_obstacle() -> None:
         env.view, env.other = env.data.qpos[1:], [functools.partial(env.read_view), np.random.uniform, lambda: price]
     action = live.action_space.sample()
     assert_agree(differentiate(live, action), slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
+
+
+def without_environment(env: Any) -> Callable[[], float]:
+    filtered, rows = np.ones(1), [0.0]
+    add, draw = rows.append, random.Random(0).random
+
+    def read(weights: list[float] = [0.5]) -> float:  # noqa: B006
+        filtered[:] *= weights[0]
+        weights[0] *= 0.9
+        add(filtered[0])
+        return rows[-2] + draw()
+
+    return read
+
+
+class Meter:
+    """A part of an environment that knows its owner without keeping it alive."""
+
+    def __init__(self, env: Any, refer: Callable[[Any], Any]) -> None:
+        self.env, self.sum = refer(env), 0.0
+
+    def read(self) -> float:
+        env = self.env if isinstance(self.env, weakref.ProxyTypes) else self.env()
+        env.n_read = getattr(env, "n_read", 0) + 1
+        self.sum += float(env.data.qpos[1])
+        return float(env.data.qpos[1]) + 0.01 * self.sum + 0.01 * env.n_read
+
+
+def weak_reference(env: Any) -> Callable[[], float]:
+    env.meter = Meter(env, weakref.ref)
+    return env.meter.read
+
+
+def proxy(env: Any) -> Callable[[], float]:
+    return Meter(env, weakref.proxy).read
+
+
+def buffer(env: Any) -> Callable[[], float]:
+    env.buffer = np.zeros((2, 3))
+    env.parts = [env.buffer[0, ::-1], env.buffer[1:]]
+
+    def read(buffer: Any = env.buffer) -> float:
+        return float(buffer[0, 2] + buffer[1, 0])
+
+    return read
+
+
+class Remembering(Looking):
+    """Writes into a part of an array before it looks at the whole."""
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        if hasattr(self, "buffer"):
+            self.parts[0][0] = self.data.qpos[1]
+            self.parts[1][:] += 0.1
+        return super().step(action)
+
+
+@pytest.mark.parametrize("look", [without_environment, weak_reference, proxy, buffer])
+def test_what_is_shared_by_usual_copies_is_copied(look: Callable[[Any], Callable[[], float]]) -> None:
+    live, twin, reference = (play(Remembering(look), 5, scale=0.5) for _ in range(3))
+    dynamics = EnvStepDynamics(live, COARSE)
+    for _ in range(3):
+        action = live.action_space.sample()
+        d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+        result, expected = live.step(action), twin.step(action)
+        np.testing.assert_array_equal(result[0], expected[0])
+        assert result[1] == expected[1]
+        assert_reproduces(d, result)
+    if look is not without_environment:
+        assert d.r_x[0, 1] > 5.0
+    if look is weak_reference:
+        assert live.n_read == twin.n_read and reference.meter.env() is reference
+
+
+def test_a_few_numbers_of_a_large_array_are_copied_without_it() -> None:
+    live = play(MyHopper(), 0)
+    table = np.zeros((1000, 3))
+    live.rows = [table[0], table[5]]
+    dynamics = EnvStepDynamics(live, COARSE)
+    assert all(row.base is None for row in dynamics._private.capture_live().attributes["rows"])
+
+
+def test_many_views_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = play(MyHopper(), 0)
+    live.rows, live.height = list(np.zeros((20, 3))), live.data.qpos[1:2]
+    private, listed = PrivateCopy(live), []
+    monkeypatch.setattr(references, "dir", lambda part: [listed.append(part), *dir(part)][1:], raising=False)
+    assert len(private.capture_live().places) == 1 and len(listed) == 2  # data and model
+
+
+def tensor(env: Any) -> Any:
+    return th.from_numpy(env.data.qpos)
+
+
+def called_back(env: Any) -> Any:
+    return weakref.ref(env, lambda _: None)
+
+
+@pytest.mark.parametrize(("make", "problem"), [(tensor, "a tensor of MuJoCo's memory"), (called_back, "without a callback")])
+def test_what_a_copy_would_not_follow_is_named(make: Callable[[Any], Any], problem: str) -> None:
+    live = play(MyHopper(), 0)
+    live.held = [make(live)]
+    with pytest.raises(TypeError, match=f"its attribute `held` .*{problem}"):
+        EnvStepDynamics(live)
 
 
 # ---------------------------------------------------------------------- models

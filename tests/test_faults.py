@@ -321,6 +321,14 @@ def test_too_many_rows_that_diverge_are_an_error() -> None:
     assert finite_weights(model)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_where_an_environment_may_keep_its_state_is_told(own: bool) -> None:
+    model = small_model(type("Own", (HopperEnv,), {})() if own else HopperEnv())
+    with pytest.raises(ValueError, match="100% of the last 1000") as caught:
+        model._check_derivatives(np.zeros(1000, dtype=np.bool_))
+    assert ("attributes of its class" in str(caught.value)) == own
+
+
 def test_warnings_reach_their_listener_again() -> None:
     model, heard = HopperEnv().model, []
 
