@@ -570,6 +570,17 @@ def test_exact_derivatives_are_checked_too() -> None:
         assert d.A[0].any() == (fault == "none") and d.A[1].any()
 
 
+@pytest.mark.parametrize(("size", "valid"), [(1e12, True), (np.inf, False)])
+def test_exact_derivatives_know_no_largest_state(size: float, valid: bool) -> None:
+    """MuJoCo's bound, beyond which it resets a simulation, is no concern of other simulators."""
+    env = Broken()
+    env.fault = lambda d: d.next_state.fill(size)
+    recorded = install_recorder(env, ONE)
+    recorded.reset(seed=0)
+    recorded.step(np.zeros(1, np.float32))
+    assert recorded.get_wrapper_attr("agpo_recorder").take_derivatives(1).valid == [valid]
+
+
 def test_what_an_environment_returns_is_not_written_into() -> None:
     """It may be constants of the environment, views of one number, or the state itself, which the next step changes."""
     env = Broken()

@@ -296,7 +296,7 @@ class TransitionRecorder:
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
         exact = self.provider_report.kind == "exact"
         if exact:  # the other sources have done so themselves
-            derivatives = discard_invalid(derivatives, LARGEST)
+            derivatives = discard_invalid(derivatives, LARGEST, LARGEST)
         # A model or an option changed since the environment was attached would give derivatives of another simulator.
         # Differences go through the very same computation; exact ones may come by another way and in another precision
         tolerance = 1e-3 if exact else 1e-6
