@@ -61,6 +61,7 @@ from sb3_agpo.dynamics.recorder import (
 )
 from sb3_agpo.dynamics.torch_tasks import LinearQuadraticEnv
 from sb3_agpo.dynamics.wrappers import opaque_wrapper
+from sb3_agpo.vec_env import MujocoVecEnv
 
 Env = gym.Env[Any, Any]
 ONE = FiniteDifferences(threads=1)
@@ -141,6 +142,24 @@ def test_a_model_with_delayed_actuators_has_none(kind: str, tmp_path: Path) -> N
     assert report.kind == "none"
     assert report.reason == f"the model of {kind} keeps a state that is not differentiated (history)"
     assert chosen(make()).kind != "none"
+
+
+def test_a_model_whose_bodies_may_sleep_is_stepped_as_a_whole() -> None:
+    sleep = mujoco.mjtEnableBit.__members__.get("mjENBL_SLEEP")
+    if sleep is None:
+        pytest.skip("this MuJoCo knows no sleep")
+
+    def sleepy() -> Env:
+        env = stock("hopper")
+        env.model.opt.enableflags |= int(sleep.value)
+        return env
+
+    report = chosen(sleepy())
+    assert report.kind == "env_step" and report.reason.startswith("HopperEnv has a model whose bodies may sleep: finite")
+    threaded = MujocoVecEnv([sleepy])
+    dynamics, report = threaded.attach_dynamics(ONE)
+    assert dynamics is None and report.kind == "none" and report.reason.endswith("takes a DummyVecEnv or a SubprocVecEnv")
+    threaded.close()
 
 
 class Spaces(gym.Env[Any, Any]):

@@ -30,7 +30,7 @@ from sb3_agpo.dynamics.interface import (
     zero_invalid,
 )
 from sb3_agpo.dynamics.mujoco import LARGEST, FiniteDifferences, MujocoDynamics, discard_invalid
-from sb3_agpo.dynamics.tangent import state_outside_tangent
+from sb3_agpo.dynamics.tangent import may_sleep, state_outside_tangent
 from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
@@ -461,7 +461,8 @@ def choose_dynamics(
     if outside := state_outside_tangent(unwrapped.model):
         parts = ", ".join(outside)
         return None, ProviderReport("none", f"the model of {name} keeps a state that is not differentiated ({parts})")
-    if find_task_model(unwrapped) is not None:
+    is_stock = find_task_model(unwrapped) is not None
+    if is_stock and not may_sleep(unwrapped.model):
         stock = MujocoDynamics(unwrapped, differences)
         scales = b"".join(scale.tobytes() for scale in wrapper_scales(env))
         report = ProviderReport(
@@ -475,6 +476,8 @@ def choose_dynamics(
         return stock, report
     method = foreign_method(unwrapped)
     what = "is a custom MujocoEnv" if method is None else f"has a method `{method}` that is not Gymnasium's"
+    if is_stock:
+        what = "has a model whose bodies may sleep"
     try:
         custom = EnvStepDynamics(unwrapped, differences)
     except TypeError as error:
