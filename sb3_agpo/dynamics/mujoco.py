@@ -290,6 +290,12 @@ class MujocoDynamics:
         own = split_rows(stepped.readings, rows.shape[1])
         with np.errstate(all="ignore"):
             before = readings[:, None] + (own - own[:, :1])
+        after = stepped.next_readings
+        if stepped.missing is not None:
+            # The next step is differentiated from readings that fit its state. Those after this step must fit it too, or a
+            # physics step of each would be missing along a window. Values stay what Gymnasium returns
+            missing = split_rows(stepped.missing, rows.shape[1])
+            after = after + join_rows(missing - missing[:, :1])
         positions, velocities = self._parts(join_rows(rows))
         next_positions, next_velocities = self._parts(stepped.physics)
         return Steps(
@@ -299,7 +305,7 @@ class MujocoDynamics:
             join_rows(row_actions),
             next_positions,
             next_velocities,
-            stepped.next_readings,
+            after,
         )
 
     def _parts(self, physics: Array) -> tuple[Array, Array]:
