@@ -693,6 +693,32 @@ def test_without_the_usual_method_there_is_no_observation_jacobian(kind: str) ->
     assert not d.C.any() and not d.next_C.any()
 
 
+class Scaled(MyHopper):
+    """Scales some of what it observes where it hands it out, and rounds the rest; the last entry may be noisy."""
+
+    noise = 0.0
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        observation, *rest = super().step(action)
+        observation[:2] *= 10.0
+        return observation.astype(np.float32), *rest
+
+    def _get_obs(self) -> np.ndarray[Any, Any]:
+        observation = super()._get_obs()
+        observation[-1] += self.noise * self.np_random.standard_normal()
+        return observation
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_observations_changed_by_step_have_no_observation_jacobian(noise: float) -> None:
+    live = play(Scaled(), 3)
+    live.noise = noise
+    d = differentiate(live, live.action_space.sample())
+    assert d.valid[0] and d.O_x[0, :2].any()
+    for jacobian in (d.C[0], d.next_C[0]):
+        np.testing.assert_array_equal(jacobian.any(axis=1), [False] * 2 + [True] * 9)
+
+
 def test_wrong_shapes_are_refused() -> None:
     dynamics = EnvStepDynamics(play(MyHopper(), 0))
     assert isinstance(dynamics, DifferentiableDynamics)
