@@ -527,12 +527,15 @@ def test_what_is_shared_by_usual_copies_is_copied(look: Callable[[Any], Callable
         assert live.n_read == twin.n_read and reference.meter.env() is reference
 
 
-def test_a_few_numbers_of_a_large_array_are_copied_without_it() -> None:
+def test_other_views_and_weak_references_are_copied_as_usual() -> None:
     live = play(MyHopper(), 0)
     table = np.zeros((1000, 3))
     live.rows = [table[0], table[5]]
+    live.parts = [Meter(live, weakref.ref)]
+    live.known = weakref.WeakSet(live.parts)  # whose references have callbacks
     dynamics = EnvStepDynamics(live, COARSE)
-    assert all(row.base is None for row in dynamics._private.capture_live().attributes["rows"])
+    attributes = dynamics._private.capture_live().attributes
+    assert all(row.base is None for row in attributes["rows"]) and len(attributes["known"]) == 1
 
 
 def test_many_views_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -182,20 +182,23 @@ def copied_targets(
     weak: Collection[Linked], attributes: dict[str, Any], whole: Collection[int], stops: Collection[int]
 ) -> list[Linked]:
     """
-    The weak references to what is copied; others are shared, like global variables.
+    The weak references to what is copied; others are shared, like global variables, or belong to a collection.
 
     :param weak: weak references, with the names of attributes
     :param attributes: of the environment, by name
     :param whole: ``id`` of the environment, its data and its model
     :param stops: ``id`` of objects that need not be looked into
-    :return: those to the environment or to what its attributes lead to
-    :raises TypeError: naming an attribute with one that cannot be copied, as it is of another kind or has a callback
+    :return: plain ones to the environment or to what its attributes lead to
+    :raises TypeError: naming an attribute with one to the environment that has a callback or is of another class
     """
     copied = {id(thing) for value in attributes.values() for thing, _ in reachable(value, stops)}.union(whole)
-    found = [(name, reference) for name, reference in weak if id(weak_target(reference)) in copied]
-    for name, reference in found:
-        plain = type(reference) is weakref.ReferenceType and reference.__callback__ is None
-        if not plain and type(reference) not in weakref.ProxyTypes:
+    found = []
+    for name, reference in weak:
+        is_reference = type(reference) is weakref.ReferenceType and reference.__callback__ is None
+        target = id(weak_target(reference))
+        if target in copied and (is_reference or type(reference) in weakref.ProxyTypes):
+            found.append((name, reference))
+        elif target in whole:
             raise TypeError(
                 f"its attribute `{name}` holds a {type(reference).__name__}, a weak reference that would go on leading to the "
                 "original from a copy; use `weakref.ref` without a callback"
