@@ -6,6 +6,7 @@ import functools
 import random
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,12 @@ from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 from gymnasium.envs.mujoco.pusher_v5 import PusherEnv
 from gymnasium.envs.mujoco.reacher_v5 import ReacherEnv
 
+from sb3_agpo.dynamics import references
 from sb3_agpo.dynamics.env_step import EnvStepDynamics
 from sb3_agpo.dynamics.interface import DifferentiableDynamics, TransitionDerivatives
 from sb3_agpo.dynamics.mujoco import FiniteDifferences, MujocoDynamics
-from sb3_agpo.dynamics.recorder import TransitionRecorder, install_recorder
+from sb3_agpo.dynamics.private_copy import PrivateCopy
+from sb3_agpo.dynamics.recorder import RecorderWrapper, install_recorder
 
 Result = tuple[Any, Any, bool, bool, dict[str, Any]]
 COARSE = FiniteDifferences(1e-3, 1e-2, 1e-3, 0.1)  # the larger the action's step, the less its float32 rounding matters
@@ -308,14 +311,14 @@ def test_nothing_is_drawn() -> None:
 def test_running_with_derivatives_equals_running_without() -> None:
     live, twin = make_pair(Eventful, 0)
     recorded = install_recorder(live, COARSE)
-    assert isinstance(recorded, TransitionRecorder) and recorded.provider_report.kind == "env_step"
+    assert isinstance(recorded, RecorderWrapper) and recorded.agpo_report.kind == "env_step"
     first, second = recorded.reset(seed=3)[0], twin.reset(seed=3)[0]
     for i in range(12):
         np.testing.assert_array_equal(first, second)
         action = np.full(3, np.sin(i), np.float32)
         first, second = recorded.step(action.copy())[0], twin.step(action.copy())[0]
         assert everything_of(live)[:5] == everything_of(twin)[:5]
-    assert recorded.take_derivatives(10).valid.all()
+    assert recorded.agpo_recorder.take_derivatives(10).valid.all()
 
 
 # ---------------------------------------------------------------------- references
@@ -452,6 +455,113 @@ def test_other_functions_are_no_obstacle() -> None:
     assert_agree(differentiate(live, action), slow_derivatives(reference, live, action, COARSE), tolerance=1e-5)
 
 
+def without_environment(env: Any) -> Callable[[], float]:
+    filtered, rows = np.ones(1), [0.0]
+    add, draw = rows.append, random.Random(0).random
+
+    def read(weights: list[float] = [0.5]) -> float:  # noqa: B006
+        filtered[:] *= weights[0]
+        weights[0] *= 0.9
+        add(filtered[0])
+        return rows[-2] + draw()
+
+    return read
+
+
+class Meter:
+    """A part of an environment that knows its owner without keeping it alive."""
+
+    def __init__(self, env: Any, refer: Callable[[Any], Any]) -> None:
+        self.env, self.sum = refer(env), 0.0
+
+    def read(self) -> float:
+        env = self.env if isinstance(self.env, weakref.ProxyTypes) else self.env()
+        env.n_read = getattr(env, "n_read", 0) + 1
+        self.sum += float(env.data.qpos[1])
+        return float(env.data.qpos[1]) + 0.01 * self.sum + 0.01 * env.n_read
+
+
+def weak_reference(env: Any) -> Callable[[], float]:
+    env.meter = Meter(env, weakref.ref)
+    return env.meter.read
+
+
+def proxy(env: Any) -> Callable[[], float]:
+    return Meter(env, weakref.proxy).read
+
+
+def buffer(env: Any) -> Callable[[], float]:
+    env.buffer = np.zeros((2, 3))
+    env.parts = [env.buffer[0, ::-1], env.buffer[1:]]
+
+    def read(buffer: Any = env.buffer) -> float:
+        return float(buffer[0, 2] + buffer[1, 0])
+
+    return read
+
+
+class Remembering(Looking):
+    """Writes into a part of an array before it looks at the whole."""
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        if hasattr(self, "buffer"):
+            self.parts[0][0] = self.data.qpos[1]
+            self.parts[1][:] += 0.1
+        return super().step(action)
+
+
+@pytest.mark.parametrize("look", [without_environment, weak_reference, proxy, buffer])
+def test_what_is_shared_by_usual_copies_is_copied(look: Callable[[Any], Callable[[], float]]) -> None:
+    live, twin, reference = (play(Remembering(look), 5, scale=0.5) for _ in range(3))
+    dynamics = EnvStepDynamics(live, COARSE)
+    for _ in range(3):
+        action = live.action_space.sample()
+        d = dynamics.differentiate(dynamics.get_state()[None], action[None])
+        result, expected = live.step(action), twin.step(action)
+        np.testing.assert_array_equal(result[0], expected[0])
+        assert result[1] == expected[1]
+        assert_reproduces(d, result)
+    if look is not without_environment:
+        assert d.r_x[0, 1] > 5.0
+    if look is weak_reference:
+        assert live.n_read == twin.n_read and reference.meter.env() is reference
+
+
+def test_other_views_and_weak_references_are_copied_as_usual() -> None:
+    live = play(MyHopper(), 0)
+    table = np.zeros((1000, 3))
+    live.rows = [table[0], table[5]]
+    live.parts = [Meter(live, weakref.ref)]
+    live.known = weakref.WeakSet(live.parts)  # whose references have callbacks
+    dynamics = EnvStepDynamics(live, COARSE)
+    attributes = dynamics._private.capture_live().attributes
+    assert all(row.base is None for row in attributes["rows"]) and len(attributes["known"]) == 1
+
+
+def test_many_views_are_looked_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = play(MyHopper(), 0)
+    live.rows, live.height = list(np.zeros((20, 3))), live.data.qpos[1:2]
+    private, listed = PrivateCopy(live), []
+    monkeypatch.setattr(references, "dir", lambda part: [listed.append(part), *dir(part)][1:], raising=False)
+    assert len(private.capture_live().places) == 1 and len(listed) == 2  # data and model
+
+
+def tensor(env: Any) -> Any:
+    return th.from_numpy(env.data.qpos)
+
+
+def called_back(env: Any) -> Any:
+    return weakref.ref(env, lambda _: None)
+
+
+@pytest.mark.parametrize(("make", "problem"), [(tensor, "a tensor of MuJoCo's memory"), (called_back, "without a callback")])
+def test_what_a_copy_would_not_follow_is_named(make: Callable[[Any], Any], problem: str) -> None:
+    live = play(MyHopper(), 0)
+    live.held = [make(live)]
+    with pytest.raises(TypeError, match=f"its attribute `held` .*{problem}"):
+        EnvStepDynamics(live)
+
+
 # ---------------------------------------------------------------------- models
 
 
@@ -584,6 +694,32 @@ def test_without_the_usual_method_there_is_no_observation_jacobian(kind: str) ->
     d = differentiate(live, live.action_space.sample())
     assert d.valid[0] and d.O_x.any() and d.A.any()
     assert not d.C.any() and not d.next_C.any()
+
+
+class Scaled(MyHopper):
+    """Scales some of what it observes where it hands it out, and rounds the rest; the last entry may be noisy."""
+
+    noise = 0.0
+
+    def step(self, action: np.ndarray[Any, Any]) -> Result:
+        observation, *rest = super().step(action)
+        observation[:2] *= 10.0
+        return observation.astype(np.float32), *rest
+
+    def _get_obs(self) -> np.ndarray[Any, Any]:
+        observation = super()._get_obs()
+        observation[-1] += self.noise * self.np_random.standard_normal()
+        return observation
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_observations_changed_by_step_have_no_observation_jacobian(noise: float) -> None:
+    live = play(Scaled(), 3)
+    live.noise = noise
+    d = differentiate(live, live.action_space.sample())
+    assert d.valid[0] and d.O_x[0, :2].any()
+    for jacobian in (d.C[0], d.next_C[0]):
+        np.testing.assert_array_equal(jacobian.any(axis=1), [False] * 2 + [True] * 9)
 
 
 def test_wrong_shapes_are_refused() -> None:

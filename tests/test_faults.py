@@ -206,7 +206,7 @@ def test_a_thousand_resets_in_a_row() -> None:
     threads = threading.active_count()
     for _ in range(1000):
         assert np.isfinite(env.reset()).all()
-    assert threading.active_count() == threads and max(env.get_attr("n_recorded")) <= model.rollout_buffer.n_pending
+    assert threading.active_count() == threads and max(env.get_attr("agpo_n_recorded")) <= model.rollout_buffer.n_pending
     model.learn(60, reset_num_timesteps=False)
     assert finite_weights(model)
 
@@ -319,6 +319,14 @@ def test_too_many_rows_that_diverge_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"100% of the last 1000 simulator derivatives .*90%.*smaller ones if they make"):
         model.learn(1200)
     assert finite_weights(model)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_where_an_environment_may_keep_its_state_is_told(own: bool) -> None:
+    model = small_model(type("Own", (HopperEnv,), {})() if own else HopperEnv())
+    with pytest.raises(ValueError, match="100% of the last 1000") as caught:
+        model._check_derivatives(np.zeros(1000, dtype=np.bool_))
+    assert ("attributes of its class" in str(caught.value)) == own
 
 
 def test_warnings_reach_their_listener_again() -> None:

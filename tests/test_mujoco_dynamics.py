@@ -128,6 +128,28 @@ def test_activations_are_part_of_the_state(tmp_path: Path) -> None:
     assert actual.A[0, -1, -1] == pytest.approx(1.0) and actual.A[0, :, -1].any()
 
 
+@pytest.mark.parametrize("integrator", ["Euler", "implicitfast"])
+@pytest.mark.parametrize("task", ["ant", "humanoid"])
+def test_forward_rewards_add_up_to_the_whole_way(task: str, integrator: str, tmp_path: Path) -> None:
+    """Although MuJoCo leaves the positions at the beginning of the last physics step, unless it integrates by Runge-Kutta."""
+    text = (Path(gymnasium.envs.mujoco.__file__).parent / "assets" / f"{task}.xml").read_text()
+    (tmp_path / "other.xml").write_text(text.replace('integrator="RK4"', f'integrator="{integrator}"'))
+    env = play(stock(task, xml_file=str(tmp_path / "other.xml"), ctrl_cost_weight=0.0, contact_cost_weight=0.0), 3)
+    steps = dict.fromkeys(("position_step", "velocity_step", "action_step"), 1e-6)
+    dynamics = MujocoDynamics(env, FiniteDifferences(**steps, centred=True, max_derivative=1e9))
+    states, actions, results = collect(env, dynamics, 1)
+    d = dynamics.differentiate(states, actions)
+    assert d.reward[0] == results[0][2]
+    env.set_state(d.next_state[0, 1 : 1 + env.model.nq], d.next_state[0, 1 + env.model.nq :][: env.model.nv])
+    jacobian = np.empty((3, env.model.nv))
+    if task == "ant":
+        mujoco.mj_jacBody(env.model, env.data, jacobian, None, 1)
+    else:
+        mujoco.mj_jacSubtreeCom(env.model, env.data, jacobian, 0)
+    velocity = jacobian[0] @ d.B[0, : env.model.nv] / env.dt
+    np.testing.assert_allclose(d.r_a[0], env._forward_reward_weight * velocity, atol=1e-4 * np.abs(velocity).max())
+
+
 def test_invariant_columns_equal_slow_differences() -> None:
     for task, fixed in (("ant", (0, 1)), ("hopper", (0,)), ("swimmer", (0, 1))):
         live = play(stock(task), 20, scale=0.5)

@@ -831,7 +831,7 @@ def test_evaluation_between_two_parts() -> None:
     env = model.get_env()
     assert env is not None
     evaluate_policy(model, env, n_eval_episodes=2)
-    assert max(env.get_attr("n_recorded")) <= model.rollout_buffer.n_pending
+    assert max(env.get_attr("agpo_n_recorded")) <= model.rollout_buffer.n_pending
     model.learn(50)
     assert model.num_timesteps == 50
 

@@ -272,7 +272,7 @@ def test_playback_needs_no_memory(trained: Trained) -> None:
     env = make_vec_env(ENVIRONMENT)
     model = ZooAGPO.load(trained.model, env=env, custom_objects={"learning_rate": 0.0, "lr_schedule": None})
     assert model.replay_buffer is not None and model.replay_buffer.buffer_size == 1
-    assert model.dynamics is None and not env.has_attr("provider_report")
+    assert model.dynamics is None and not env.has_attr("agpo_report")
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         ZooAGPO.load(trained.model, env=make_vec_env("Pendulum-v1"), custom_objects={"lr_schedule": None})
     training = ZooAGPO.load(trained.model, env=env)

@@ -327,12 +327,17 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._valid_history = [*self._valid_history, *valid.tolist()][-INVALID_WINDOW:]
         invalid = 1.0 - float(np.mean(self._valid_history))
         if len(self._valid_history) == INVALID_WINDOW and invalid > self.max_invalid_fraction:
+            own = (
+                "see that the environment keeps what its steps depend on in MuJoCo's data or in attributes of its own, not in "
+                "global variables, in attributes of its class or where no copy of it can follow; "
+            )
             raise ValueError(
                 f"{invalid:.0%} of the last {INVALID_WINDOW} simulator derivatives were not finite, exploded, or did not "
                 f"reproduce the environment's step (`max_invalid_fraction` is {self.max_invalid_fraction:.0%}). Use larger "
                 "steps in `finite_differences`, or smaller ones if they make the simulation unstable; check that nothing "
                 "changes the simulator's model after AGPO was given the environment and that no callback steps it (an "
-                'evaluation needs an environment of its own); or train with `gradient_mode="q"`, `critic_grad_coef=0`'
+                f"evaluation needs an environment of its own); {own if self.provider_report.kind == 'env_step' else ''}"
+                'or train with `gradient_mode="q"`, `critic_grad_coef=0`'
             )
 
     def _record(self, name: str, value: float) -> None:

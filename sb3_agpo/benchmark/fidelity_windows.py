@@ -100,7 +100,7 @@ def make_recorder(env_id: str, step: str, threads: int) -> TransitionRecorder:
     :param threads: threads to step with
     :return: the recorder of a new environment
     """
-    recorder = install_recorder(gym.make(env_id), differences_of(step, threads)).get_wrapper_attr("recorder")
+    recorder = install_recorder(gym.make(env_id), differences_of(step, threads)).get_wrapper_attr("agpo_recorder")
     assert isinstance(recorder, TransitionRecorder)
     return recorder
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import ResultsWriter
 
 from sb3_agpo.checkpoint.plain_data import is_plain, set_space_generators, space_generators
-from sb3_agpo.dynamics.recorder import TransitionRecorder
+from sb3_agpo.dynamics.recorder import RecorderWrapper
 from sb3_agpo.dynamics.wrappers import is_time_limit
 
 State = dict[str, Any]
@@ -59,7 +59,7 @@ def layers(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
     :return: the outermost first; recorders, whose records are saved elsewhere, left out
     """
     while isinstance(env, gym.Wrapper):
-        if not isinstance(env, TransitionRecorder):
+        if not isinstance(env, RecorderWrapper):
             yield env
         env = env.env
     yield env

@@ -40,7 +40,8 @@ class EnvStepDynamics:
     convention; without it they are zero, and only the critic's matching of dQ/dx goes without them. An entry of the
     observation is taken for a memory of the step, so that its rows are zero, if another number comes out when MuJoCo computes
     it from the state again. Where the same number happens to come out, as for the place of a body at rest, it is taken for a
-    function of the state, at this step and perhaps not at the next.
+    function of the state, at this step and perhaps not at the next. The rows of entries that ``step`` changes after
+    ``_get_obs`` are zero too, unless ``_get_obs`` returns other numbers each time, as it does with noise.
 
     The coordinates that are moved are MuJoCo's positions, velocities and activations, as in the other class. What else an
     environment carries from step to step, in attributes written in Python for example, is the same in all rows: a step starts
@@ -129,11 +130,17 @@ class EnvStepDynamics:
         A, B = scheme.quotient(scheme.change(scheme.tangents(next_physics)), distance)
         O_x, O_a = scheme.quotient(scheme.change(obs), distance)
         r_x, r_a = scheme.quotient(reward_change(scheme, reward, terminated)[..., None], distance)
+        C = self._observation_jacobian(before, state, self._observe(before, None))
+        left = self._observe(after, None)
+        next_C = self._observation_jacobian(after, nominal.physics, left)
+        if left is not None:
+            changed = self._changed_by_step(after, left, nominal.obs)
+            C[changed] = next_C[changed] = 0.0
         return TransitionDerivatives(
             A=A,
             B=B,
-            C=self._observation_jacobian(before, state)[None],
-            next_C=self._observation_jacobian(after, nominal.physics)[None],
+            C=C[None],
+            next_C=next_C[None],
             O_x=O_x,
             O_a=O_a,
             r_x=r_x[:, 0],
@@ -154,11 +161,10 @@ class EnvStepDynamics:
         mujoco.mj_getState(env.model, env.data, state, FULL_PHYSICS)
         return Row(state, np.array(obs, dtype=np.float64), np.array(reward, dtype=np.float64), np.array(bool(terminated)))
 
-    def _observation_jacobian(self, situation: Situation, physics: Array) -> Array:
-        """C in a situation that has a given physics state, shape ``(nobs, ndx)``."""
+    def _observation_jacobian(self, situation: Situation, physics: Array, left: Array | None) -> Array:
+        """C in a situation that has a given physics state and leaves a given observation, shape ``(nobs, ndx)``."""
         scheme = self.perturbations
         jacobian = np.zeros((self._n_obs, scheme.ndx))
-        left = self._observe(situation, None)
         rows, _, distance = scheme.perturb(physics[None], np.zeros((1, scheme.nu)))
         base = self._observe(situation, rows[0, 0])
         if left is None or base is None:
@@ -172,6 +178,15 @@ class EnvStepDynamics:
         # What MuJoCo had left there and does not compute from the state again is a memory, no function of the state
         jacobian[left != base] = 0.0
         return jacobian
+
+    def _changed_by_step(self, after: Situation, left: Array, obs: Array) -> NDArray[np.bool_]:
+        """Which entries of a step's observation are not what ``_get_obs`` gives after the step, shape ``(nobs,)``."""
+        changed = ~np.isclose(left, obs, rtol=1e-3, atol=1e-6)  # rounding is no change
+        if changed.any():
+            env = self._private.restore(after)
+            env._get_obs()  # type: ignore[attr-defined]
+            changed &= env._get_obs() == left  # type: ignore[attr-defined]
+        return changed
 
     def _observe(self, situation: Situation, physics: Array | None) -> Array | None:
         """Observation in a situation, moved to a physics state if one is given; None if the environment has no method."""

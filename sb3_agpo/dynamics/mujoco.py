@@ -290,6 +290,12 @@ class MujocoDynamics:
         own = split_rows(stepped.readings, rows.shape[1])
         with np.errstate(all="ignore"):
             before = readings[:, None] + (own - own[:, :1])
+        after = stepped.next_readings
+        if stepped.missing is not None:
+            # The next step is differentiated from readings that fit its state. Those after this step must fit it too, or a
+            # physics step of each would be missing along a window. Values stay what Gymnasium returns
+            missing = split_rows(stepped.missing, rows.shape[1])
+            after = after + join_rows(missing - missing[:, :1])
         positions, velocities = self._parts(join_rows(rows))
         next_positions, next_velocities = self._parts(stepped.physics)
         return Steps(
@@ -299,7 +305,7 @@ class MujocoDynamics:
             join_rows(row_actions),
             next_positions,
             next_velocities,
-            stepped.next_readings,
+            after,
         )
 
     def _parts(self, physics: Array) -> tuple[Array, Array]:
@@ -431,19 +437,21 @@ def check_batch(states: Array, actions: NDArray[np.floating], state_size: int, n
         raise ValueError(f"`actions` must have the shape ({len(states)}, {nu}), got {actions.shape}")
 
 
-def discard_invalid(derivatives: TransitionDerivatives, max_derivative: float) -> TransitionDerivatives:
+def discard_invalid(
+    derivatives: TransitionDerivatives, max_derivative: float, max_state: float = mujoco.mjMAXVAL
+) -> TransitionDerivatives:
     """
     Zero the derivatives of transitions that cannot be trusted, and mark them.
 
     :param derivatives: a batch, its derivatives may be changed in place
     :param max_derivative: bound on the absolute value of the entries of A and B
-    :return: the batch with ``valid`` updated: False also where values or derivatives are not finite in single precision, or
-        where the state is one that MuJoCo takes for unstable
+    :param max_state: bound on that of the state after the step; beyond the default MuJoCo takes a state for unstable
+    :return: the batch with ``valid`` updated: False also where values or derivatives are not finite in single precision
     """
     d = derivatives
     valid = d.valid.copy()
     bounded = [(field, LARGEST) for field in (d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a, d.next_obs, d.reward)]
-    bounded += [(d.next_state, mujoco.mjMAXVAL), (d.A, max_derivative), (d.B, max_derivative)]
+    bounded += [(d.next_state, max_state), (d.A, max_derivative), (d.B, max_derivative)]
     for field, bound in bounded:
         valid &= (np.abs(field) <= bound).all(axis=tuple(range(1, field.ndim)))  # False for NaN
     return zero_invalid(d._replace(valid=valid))

@@ -16,7 +16,8 @@ from gymnasium.envs.mujoco import MujocoEnv
 from numpy.typing import NDArray
 
 from sb3_agpo.dynamics.interface import Array
-from sb3_agpo.dynamics.references import CONSTANTS, Place, find_references
+from sb3_agpo.dynamics.linked_copies import CONSTANTS, GLOBAL_GENERATORS, Linked, copy_linked, named
+from sb3_agpo.dynamics.references import Place, find_references
 from sb3_agpo.dynamics.stepping import FULL_PHYSICS
 
 #: attributes that the private copy keeps for itself
@@ -44,6 +45,7 @@ class Situation(NamedTuple):
     generators: list[tuple[np.random.Generator, Any]]  # those that the attributes refer to, and their states then
     shared: list[Any]  # what other attributes may refer to and is shared too
     places: list[Place]  # what stands in the attributes for views and other parts of the simulator
+    linked: list[Linked]  # what the attributes refer to and is not copied in the usual way
 
 
 class PrivateCopy:
@@ -52,13 +54,13 @@ class PrivateCopy:
 
     Attributes may hold views of the simulator's memory: those of the copy are views of its own. Read-only arrays are shared,
     all others are copied in each :meth:`restore`. What it cannot copy is what the environment's code holds by other ways than
-    its attributes, such as global variables.
+    its attributes, such as global variables and attributes of its class.
 
     :param live: unwrapped environment, never changed
     :param careful: expect from the start that steps change the model or draw from global generators, which costs time in each
         :meth:`restore`; else it is noticed by :meth:`capture`
-    :raises TypeError: if an attribute of the environment cannot be copied, or holds a function that was defined inside a
-        method and uses the environment
+    :raises TypeError: if an attribute of the environment cannot be copied, holds a function that was defined inside a method
+        and uses the environment, or a tensor of the simulator's memory
     """
 
     def __init__(self, live: MujocoEnv, careful: bool = False) -> None:
@@ -126,6 +128,7 @@ class PrivateCopy:
         env.model = copy.copy(situation.source.model) if self._changes_model else situation.source.model
         twins = {id(thing): thing for thing in (env, env.data, *situation.shared)}
         twins |= {id(situation.model): env.model} | {id(place): place.of(env) for place in situation.places}
+        copy_linked(situation.linked, twins)
         attributes = copy_attributes(situation.attributes, twins)
         kept = {name: vars(env)[name] for name in PRIVATE_ATTRIBUTES}
         vars(env).clear()  # also of what `step` sets for the first time
@@ -210,18 +213,21 @@ def copy_situation(
     twins = twins | {id(thing): thing for thing in shared}
     references = find_references(attributes, env, twins)
     twins |= references.places | references.frozen
-    shared += references.frozen.values()
+    shared += [*references.frozen.values(), *GLOBAL_GENERATORS]
     owners = (env, attributes.get("action_space"), attributes.get("observation_space"))
     found = (getattr(owner, "_np_random", None) for owner in owners)
     # Making a generator is slow, setting its state is not: rows share the copies made here, and the spaces that use them
     originals = [generator for generator in found if isinstance(generator, np.random.Generator)]
     generators = [(copy.deepcopy(generator, twins), generator.bit_generator.state) for generator in originals]
+    twins |= {id(generator): generator for generator in GLOBAL_GENERATORS}
+    linked = copy_linked(references.linked, twins)
     copied = copy_attributes(attributes, twins)
     shared += [copied[name] for name in ("action_space", "observation_space") if name in copied]
     shared += [generator for generator, _ in generators]
     kept = {name for name, value in copied.items() if is_constant(value) or any(value is thing for thing in shared)}
     constants = {name: copied.pop(name) for name in kept}
-    return Situation(constants, copied, model, source, data, drawn, generators, shared, list(references.places.values()))
+    places = list(references.places.values())
+    return Situation(constants, copied, model, source, data, drawn, generators, shared, places, linked)
 
 
 def is_constant(value: Any) -> bool:
@@ -245,10 +251,8 @@ def copy_attributes(attributes: dict[str, Any], twins: dict[int, Any]) -> dict[s
     """
     copies = {}
     for name, value in attributes.items():
-        try:
+        with named(name):
             copies[name] = copy.deepcopy(value, twins)
-        except Exception as error:
-            raise TypeError(f"its attribute `{name}` cannot be copied ({error})") from error
     return copies
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,6 +24,7 @@ from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import (
     ProviderReport,
     RecorderInstaller,
+    RecorderRemover,
     StepRecords,
     TransitionRecorder,
     check_available,
@@ -129,7 +131,7 @@ class VecEnvDynamics:
     @property
     def n_recorded(self) -> int:
         """Steps per environment that can be taken."""
-        return min(self.env.get_attr("n_recorded"))
+        return min(self.env.get_attr("agpo_n_recorded"))
 
     def take(self, n_steps: int, by_state: NDArray[np.bool_] | None = None) -> TransitionDerivatives:
         """
@@ -145,11 +147,11 @@ class VecEnvDynamics:
         n_envs = self.env.num_envs
         check_available(n_steps, self.n_recorded)  # here, as an error would end a worker process
         if self._batched is None:
-            parts = self.env.env_method("take_derivatives", n_steps, by_state)
+            parts = self.env.env_method("agpo_call", "take_derivatives", n_steps, by_state)
             stacked = (np.stack(fields, axis=1) for fields in zip(*parts, strict=True))  # (T, n_envs, ...)
             derivatives = TransitionDerivatives._make(field.reshape(-1, *field.shape[2:]) for field in stacked)
         else:
-            records = self.env.env_method("take_records", n_steps)
+            records = self.env.env_method("agpo_call", "take_records", n_steps)
             joined = (np.stack(fields, axis=1) for fields in zip(*records, strict=True))
             flat = StepRecords._make(field.reshape(-1, *field.shape[2:]) for field in joined)
             derivatives = self._batched.differentiate_records(flat, None if by_state is None else by_state.repeat(n_envs))
@@ -162,11 +164,11 @@ class VecEnvDynamics:
 
         :param n_steps: steps per environment to keep
         """
-        self.env.env_method("keep_oldest_records", n_steps)
+        self.env.env_method("agpo_call", "keep_oldest_records", n_steps)
 
     def discard(self) -> None:
         """Forget the steps recorded so far; record from now on."""
-        self.env.env_method("discard_records")
+        self.env.env_method("agpo_call", "discard_records")
 
     def pause(self) -> None:
         """
@@ -174,7 +176,7 @@ class VecEnvDynamics:
 
         To be called when learning ends: steps taken afterwards, in an evaluation for example, then cost nothing.
         """
-        self.env.env_method("pause_records")
+        self.env.env_method("agpo_call", "pause_records")
 
     def get_records(self) -> Sequence[Any]:
         """
@@ -182,7 +184,7 @@ class VecEnvDynamics:
 
         :return: one list of records per environment
         """
-        return self.env.env_method("get_records")
+        return self.env.env_method("agpo_call", "get_records")
 
     def set_records(self, records: Sequence[Any]) -> None:
         """
@@ -191,7 +193,7 @@ class VecEnvDynamics:
         :param records: one list of records per environment
         """
         for index, own in enumerate(records):
-            self.env.env_method("set_records", own, indices=index)
+            self.env.env_method("agpo_call", "set_records", own, indices=index)
 
 
 def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDynamics | None, ProviderReport]:
@@ -233,27 +235,31 @@ def _attach_here(env: DummyVecEnv, differences: FiniteDifferences) -> tuple[VecE
 
 def _attach_elsewhere(env: VecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
     """Put recorders into environments of other processes."""
-    name = type(env).__name__
     if differences.threads is None:  # workers share the cores
         differences = replace(differences, threads=max(1, differences.n_threads // env.num_envs))
+    report = _install_elsewhere(env, differences)
+    if report.kind != "none":
+        return VecEnvDynamics(env, report, None), report
+    with suppress(AttributeError, NotImplementedError):
+        env.env_is_wrapped(RecorderRemover())  # type: ignore[arg-type]
+    return None, report
+
+
+def _install_elsewhere(env: VecEnv, differences: FiniteDifferences) -> ProviderReport:
+    """Put recorders into the environments that have a place for one, and ask them where derivatives come from."""
+    name = type(env).__name__
     try:
         wrapped = env.env_is_wrapped(RecorderInstaller(differences))  # type: ignore[arg-type]
         installed = np.flatnonzero(wrapped).tolist()
-        reports = env.get_attr("provider_report", indices=installed) if installed else []
+        reports = env.get_attr("agpo_report", indices=installed) if installed else []
     except (AttributeError, NotImplementedError):
-        return None, ProviderReport("none", f"{name} gives no access to its environments")
+        return ProviderReport("none", f"{name} gives no access to its environments")
     if not all(isinstance(report, ProviderReport) for report in reports):
-        return None, ProviderReport("none", f"{name} gives no access to its environments")
+        return ProviderReport("none", f"{name} gives no access to its environments")
     if len(installed) < env.num_envs:
         reason = f"{name} holds environments without any wrapper, which leaves no place to record; wrap each in Monitor"
-        report = ProviderReport("none", reason)
-    else:
-        report = summarise(reports)
-    if report.kind == "none":
-        if installed:
-            env.env_method("pause_records", indices=installed)
-        return None, report
-    return VecEnvDynamics(env, report, None), report
+        return ProviderReport("none", reason)
+    return summarise(reports)
 
 
 def summarise(reports: Sequence[ProviderReport]) -> ProviderReport:

@@ -1,7 +1,7 @@
 """
 A recorder inside each environment: it remembers where every step started, so that the step can be differentiated later.
 
-It sits directly above the unwrapped environment, where actions are in the simulator's units and no auto-reset has
+Its wrapper sits directly above the unwrapped environment, where actions are in the simulator's units and no auto-reset has
 happened yet, and it works the same in this process and in the workers of a ``SubprocVecEnv``.
 """
 
@@ -30,7 +30,7 @@ from sb3_agpo.dynamics.interface import (
     zero_invalid,
 )
 from sb3_agpo.dynamics.mujoco import LARGEST, FiniteDifferences, MujocoDynamics, discard_invalid
-from sb3_agpo.dynamics.tangent import state_outside_tangent
+from sb3_agpo.dynamics.tangent import may_sleep, state_outside_tangent
 from sb3_agpo.dynamics.tasks import find_task_model, foreign_method
 from sb3_agpo.dynamics.wrappers import opaque_wrapper, unusable_spaces, wrapper_scales
 
@@ -159,11 +159,11 @@ class RecordQueue(Generic[R]):
         self.recording = False
 
 
-class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
+class TransitionRecorder:
     """
     Records each step's starting state and action, and differentiates them on demand.
 
-    :param env: the unwrapped environment
+    :param env: the environment to step
     :param dynamics: where derivatives come from; None records nothing
     :param report: what to tell about it
     :param action_scale: d(environment action) / d(action in [-1, 1]), shape ``(nu,)``
@@ -178,33 +178,24 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         action_scale: Array,
         observation_scale: Array,
     ) -> None:
-        super().__init__(env)
+        self.env = env
         self.dynamics, self.provider_report = dynamics, report
         self.action_scale, self.observation_scale = action_scale, observation_scale
         self._deferred = getattr(dynamics, "deferred", True)
         self._queue: RecordQueue[Record] = RecordQueue()
 
     @property
-    def spec(self) -> EnvSpec | None:  # type: ignore[override]
-        """How the environment was made; a recorder is no part of that."""
-        return self.env.spec
-
-    @property
-    def recorder(self) -> TransitionRecorder:
-        """This recorder, for whoever holds the outermost wrapper."""
-        return self
-
-    @property
     def n_recorded(self) -> int:
         """Number of steps that can be taken."""
         return len(self._queue)
 
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
-        """Reset with exactly the given arguments: environments need not take ``seed`` and ``options`` alike."""
-        return self.env.reset(**kwargs)
-
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the environment and remember where the step started."""
+        """
+        Step the environment and remember where the step started.
+
+        :param action: as the environment takes it
+        :return: what the environment returns
+        """
         if self.dynamics is None or not self._queue.recording:
             return self.env.step(action)
         action = np.asarray(action)
@@ -305,7 +296,7 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """Apply the chain rule of the wrappers, and distrust steps that the engine did not reproduce."""
         exact = self.provider_report.kind == "exact"
         if exact:  # the other sources have done so themselves
-            derivatives = discard_invalid(derivatives, LARGEST)
+            derivatives = discard_invalid(derivatives, LARGEST, LARGEST)
         # A model or an option changed since the environment was attached would give derivatives of another simulator.
         # Differences go through the very same computation; exact ones may come by another way and in another precision
         tolerance = 1e-3 if exact else 1e-6
@@ -326,10 +317,96 @@ class TransitionRecorder(gym.Wrapper[Any, Any, Any, Any]):
         )
 
     def close(self) -> None:
-        """Close the environment and stop the engine's threads."""
+        """Stop the engine's threads."""
         if isinstance(self.dynamics, MujocoDynamics):
             self.dynamics.close()
-        super().close()
+
+
+class RecorderWrapper(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    Has a recorder step the environment, and is otherwise what the environment is.
+
+    Attributes are read from the environment and written to it, for wrappers above this one cannot know that it is there. Its
+    own names, and those alone, begin with ``agpo_``.
+
+    :param recorder: the recorder, of the unwrapped environment
+    """
+
+    def __init__(self, recorder: TransitionRecorder) -> None:
+        # Without Gymnasium's own, which would set attributes of the environment
+        object.__setattr__(self, "agpo_recorder", recorder)
+
+    def __getattr__(self, name: str) -> Any:
+        """What neither this object nor its class has is the environment's."""
+        if name.startswith("__") or name in ("env", "agpo_recorder"):  # as in a copy that has nothing yet
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.env, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Write into the environment, unless the environment itself is replaced."""
+        setattr(self.agpo_recorder if name == "env" else self.env, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete from the environment."""
+        delattr(self.env, name)
+
+    @property
+    def env(self) -> gym.Env[Any, Any]:  # type: ignore[override]
+        """The environment."""
+        return self.agpo_recorder.env
+
+    @property  # type: ignore[misc]
+    def action_space(self) -> spaces.Space[Any]:  # type: ignore[override]
+        """The environment's."""
+        return self.env.action_space
+
+    @property  # type: ignore[misc]
+    def observation_space(self) -> spaces.Space[Any]:  # type: ignore[override]
+        """The environment's."""
+        return self.env.observation_space
+
+    @property  # type: ignore[misc]
+    def metadata(self) -> dict[str, Any]:  # type: ignore[override]
+        """The environment's."""
+        return self.env.metadata
+
+    @property
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]
+        """How the environment was made; a recorder is no part of that."""
+        return self.env.spec
+
+    @property
+    def agpo_report(self) -> ProviderReport:
+        """Where the derivatives come from, for whoever holds the outermost wrapper."""
+        return self.agpo_recorder.provider_report
+
+    @property
+    def agpo_n_recorded(self) -> int:
+        """Number of steps that can be taken."""
+        return self.agpo_recorder.n_recorded
+
+    def agpo_call(self, method: str, *arguments: Any) -> Any:
+        """
+        Call a method of the recorder, which may be in another process.
+
+        :param method: its name
+        :param arguments: its arguments
+        :return: what it returns
+        """
+        return getattr(self.agpo_recorder, method)(*arguments)
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:  # type: ignore[override]
+        """Reset with exactly the given arguments: environments need not take ``seed`` and ``options`` alike."""
+        return self.env.reset(**kwargs)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Step the environment and remember where the step started."""
+        return self.agpo_recorder.step(action)
+
+    def close(self) -> None:
+        """Close the environment and stop the engine's threads."""
+        self.agpo_recorder.close()
+        self.env.close()
 
 
 def check_available(n_steps: int, n_recorded: int) -> None:
@@ -384,7 +461,8 @@ def choose_dynamics(
     if outside := state_outside_tangent(unwrapped.model):
         parts = ", ".join(outside)
         return None, ProviderReport("none", f"the model of {name} keeps a state that is not differentiated ({parts})")
-    if find_task_model(unwrapped) is not None:
+    is_stock = find_task_model(unwrapped) is not None
+    if is_stock and not may_sleep(unwrapped.model):
         stock = MujocoDynamics(unwrapped, differences)
         scales = b"".join(scale.tobytes() for scale in wrapper_scales(env))
         report = ProviderReport(
@@ -398,6 +476,8 @@ def choose_dynamics(
         return stock, report
     method = foreign_method(unwrapped)
     what = "is a custom MujocoEnv" if method is None else f"has a method `{method}` that is not Gymnasium's"
+    if is_stock:
+        what = "has a model whose bodies may sleep"
     try:
         custom = EnvStepDynamics(unwrapped, differences)
     except TypeError as error:
@@ -409,7 +489,7 @@ def choose_dynamics(
 
 class RecorderInstaller:
     """
-    Puts a :class:`TransitionRecorder` into environments that already run inside a vectorised environment.
+    Puts a :class:`RecorderWrapper` into environments that already run inside a vectorised environment.
 
     SB3 has no call that adds a wrapper inside a running ``SubprocVecEnv`` worker. ``env_is_wrapped(X)`` is the one call
     that hands the worker's environment to something of ours: the worker evaluates ``isinstance(env, X)``, and Python
@@ -426,31 +506,53 @@ class RecorderInstaller:
         return True
 
 
+class RecorderRemover:
+    """Takes recorders out again, in the way in which :class:`RecorderInstaller` puts them in."""
+
+    def __instancecheck__(self, env: Any) -> bool:
+        remove_recorder(env)
+        return True
+
+
 def install_recorder(env: gym.Env[Any, Any], differences: FiniteDifferences) -> gym.Env[Any, Any]:
     """
     Insert a recorder directly above the unwrapped environment, replacing one that is already there.
 
     :param env: environment, wrapped or not; wrappers are kept, the innermost one is pointed at the recorder
     :param differences: difference options of the MuJoCo sources
-    :return: the environment with its recorder: ``env`` itself, or the recorder if ``env`` had no wrapper
+    :return: the environment with its recorder: ``env`` itself, or the recorder's wrapper if ``env`` had none
     """
     env = remove_recorder(env)
     dynamics, report = choose_dynamics(env, differences)
     nothing = np.ones(0)
     scales = (nothing, nothing) if dynamics is None else wrapper_scales(env)
-    recorder = TransitionRecorder(env.unwrapped, dynamics, report, *scales)
+    wrapper = RecorderWrapper(TransitionRecorder(env.unwrapped, dynamics, report, *scales))
     if not isinstance(env, gym.Wrapper):
-        return recorder
-    _insert(recorder, env)
+        return wrapper
+    _insert(wrapper, env)
     return env
 
 
-def _insert(recorder: TransitionRecorder, env: gym.Wrapper[Any, Any, Any, Any]) -> None:
-    """Point the innermost wrapper at a recorder."""
+def _insert(wrapper: RecorderWrapper, env: gym.Wrapper[Any, Any, Any, Any]) -> None:
+    """Point the innermost wrapper at that of a recorder."""
     innermost = env
     while isinstance(innermost.env, gym.Wrapper):
         innermost = innermost.env
-    innermost.env = recorder
+    innermost.env = wrapper
+
+
+def find_wrapper(env: gym.Env[Any, Any]) -> RecorderWrapper | None:
+    """
+    The wrapper of the recorder in an environment.
+
+    :param env: environment, wrapped or not
+    :return: the outermost such wrapper, None if there is none
+    """
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, RecorderWrapper):
+            return env
+        env = env.env
+    return None
 
 
 def find_recorder(env: gym.Env[Any, Any]) -> TransitionRecorder | None:
@@ -460,11 +562,8 @@ def find_recorder(env: gym.Env[Any, Any]) -> TransitionRecorder | None:
     :param env: environment, wrapped or not
     :return: its recorder, None if it has none
     """
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, TransitionRecorder):
-            return env
-        env = env.env
-    return None
+    wrapper = find_wrapper(env)
+    return None if wrapper is None else wrapper.agpo_recorder
 
 
 def remove_recorder(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
@@ -474,11 +573,11 @@ def remove_recorder(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     :param env: environment, wrapped or not, with any number of recorders
     :return: the environment without: ``env`` itself, or the unwrapped environment if it had no other wrapper
     """
-    while isinstance(env, TransitionRecorder):
+    while isinstance(env, RecorderWrapper):
         env = env.env
     wrapper = env
     while isinstance(wrapper, gym.Wrapper):
-        while isinstance(wrapper.env, TransitionRecorder):
+        while isinstance(wrapper.env, RecorderWrapper):
             wrapper.env = wrapper.env.env
         wrapper = wrapper.env
     return env
@@ -491,7 +590,7 @@ def kept_recorder(env: gym.Env[Any, Any]) -> Iterator[None]:
 
     :param env: environment, wrapped or not; afterwards it has the recorder that it had, or none
     """
-    before = find_recorder(env)
+    before = find_wrapper(env)
     try:
         yield
     finally:

@@ -82,6 +82,8 @@ class SteppedRows(NamedTuple):
     physics: Array  # (N, nphysics) full physics state after the step
     readings: Array  # (N, n_readings) before the step, from the row's own state; zero for a task that needs none
     next_readings: Array  # (N, n_readings) after the step
+    # (N, n_readings) what was still to come until the state after the step, for a reward that compares readings; else None
+    missing: Array | None = None
 
 
 class RolloutStepper:
@@ -172,6 +174,9 @@ class DataStepper:
         self._data: list[mujoco.MjData] = []
         self._pool: ThreadPoolExecutor | None = None
         self._reads_before = type(task).refresh is not TaskModel.refresh
+        # MuJoCo leaves the positions that the last physics step began with; with Runge-Kutta, almost those at its end
+        is_late = int(model.opt.integrator) != int(mujoco.mjtIntegrator.mjINT_RK4)
+        self._reads_missing = task.compares_readings and is_late
 
     def step(self, physics: Array, warmstart: Array, controls: Array, n_rows: int = 1) -> SteppedRows:
         """
@@ -188,8 +193,8 @@ class DataStepper:
             self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="sb3_agpo") if self.threads > 1 else None
             _STARTED.add(self)
         starts = starting_states(self.model, physics, warmstart, controls)
-        readings = np.zeros((2, len(physics), self.task.n_readings))
-        rows = SteppedRows(np.full_like(physics, np.nan), readings[0], readings[1])
+        readings = np.zeros((2 + self._reads_missing, len(physics), self.task.n_readings))
+        rows = SteppedRows(np.full_like(physics, np.nan), *readings)
         limits = np.linspace(0, len(physics), self.threads + 1).astype(int)
         chunks = [slice(start, stop) for start, stop in pairwise(limits.tolist())]
         if self._pool is None:
@@ -208,6 +213,7 @@ class DataStepper:
         finish = mujoco.mj_rnePostConstraint
         bad_position, bad_velocity, bad_acceleration = (data.warning[kind] for kind in DIVERGED)
         before, after = rows.readings[chunk], rows.next_readings[chunk]
+        missing = None if rows.missing is None else rows.missing[chunk]
         given_up = -1  # the last transition that diverged
         for row, (start, end) in enumerate(zip(starts[chunk], rows.physics[chunk], strict=True)):
             if given_up >= 0 and (chunk.start + row) // n_rows == given_up:
@@ -224,6 +230,9 @@ class DataStepper:
             finish(model, data)
             get_state(model, data, end, FULL_PHYSICS)
             after[row] = read(data)
+            if missing is not None:
+                refresh(data)
+                missing[row] = read(data) - after[row]
 
     def close(self) -> None:
         """Stop the threads; another step would start them again."""

@@ -106,6 +106,17 @@ def state_outside_tangent(model: mujoco.MjModel) -> list[str]:
     return found
 
 
+def may_sleep(model: mujoco.MjModel) -> bool:
+    """
+    Whether a model lets bodies sleep; which of them do is no part of MuJoCo's physics state.
+
+    :param model: MuJoCo's model
+    :return: False also for a MuJoCo that does not know sleep
+    """
+    flag = mujoco.mjtEnableBit.__members__.get("mjENBL_SLEEP")
+    return flag is not None and bool(model.opt.enableflags & int(flag.value))
+
+
 class PositionTangent:
     """
     Positions ``qpos`` of a model and their tangent vectors, as ``mj_integratePos`` and ``mj_differentiatePos`` define them.

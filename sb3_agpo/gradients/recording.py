@@ -16,6 +16,7 @@ from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.recorder import (
     ProviderReport,
     Record,
+    RecorderWrapper,
     StepRecords,
     TransitionRecorder,
     choose_dynamics,
@@ -147,7 +148,7 @@ class Recorders:
         scales = wrapper_scales(env)
         for dynamics, report in inner:
             recorder = TransitionRecorder(outer.env, dynamics, report, *scales)
-            outer.env = recorder
+            outer.env = RecorderWrapper(recorder)
             self.all.append(recorder)
 
     def take(self, n_steps: int) -> tuple[list[Jacobians], Effects]:

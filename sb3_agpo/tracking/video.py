@@ -115,7 +115,7 @@ def _play_windows(
     model: AGPO, env: gym.Env[Any, Any], max_frames: int, seed: int | None
 ) -> tuple[list[NDArray[np.uint8]], RolloutWindows]:
     """Play an episode with the stochastic policy; its pictures, and its steps as windows."""
-    recorder = env.get_wrapper_attr("recorder")
+    recorder = env.get_wrapper_attr("agpo_recorder")
     assert isinstance(recorder, TransitionRecorder)
     if recorder.dynamics is None:
         raise ValueError(f"there is no gate without derivatives: {recorder.provider_report.reason}")

@@ -265,6 +265,8 @@ class MujocoVecEnv(VecEnv):
         dynamics, report = choose_dynamics(self._envs[0], differences)
         if dynamics is None:
             return None, report
+        if report.kind != "mujoco":
+            return None, ProviderReport("none", f"{report.reason}, which takes a DummyVecEnv or a SubprocVecEnv")
         recorder = BatchRecorder(self._envs[0], dynamics, report)
         self._recorders.add(recorder)
         return recorder, report

@@ -62,6 +62,8 @@ class TaskModel(ABC):
 
     n_readings: int = 0
     invariant: tuple[int, ...] = ()
+    #: whether the reward compares readings after the step with the same before it, both functions of the positions
+    compares_readings: bool = False
 
     def __init__(self, env: MujocoEnv) -> None:
         self.model: mujoco.MjModel = env.model

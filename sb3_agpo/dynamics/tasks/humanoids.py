@@ -113,6 +113,7 @@ class Humanoid(HumanoidBody, Walker):
     """
 
     n_leading = 1
+    compares_readings = True
 
     def __init__(self, env: MujocoEnv) -> None:
         super().__init__(env)

@@ -242,6 +242,7 @@ class Ant(Walker):
     """
 
     horizontal_coordinates = 2
+    compares_readings = True
 
     def __init__(self, env: MujocoEnv) -> None:
         super().__init__(env)
