@@ -402,6 +402,22 @@ class TestOptionsChangedLater:
         for row in draw_actions(pair[0], 10):
             assert_same_step(pair[0].step(row), restored.step(row))
 
+    @pytest.mark.parametrize("full_info", [False, True])
+    def test_time_limits(self, full_info: bool) -> None:
+        pair = make_pair("Reacher-v5", full_info=full_info)
+        for env in pair:
+            env.reset()
+            env.env_method("set_wrapper_attr", "_max_episode_steps", 5)
+            env.env_method("set_wrapper_attr", "_max_episode_steps", 7, indices=1)  # each may have its own
+        assert assert_same_run(*pair, draw_actions(pair[0], 15), full_info) == 8
+
+    def test_time_limit_of_a_checkpoint(self) -> None:
+        saved, restored = (MujocoVecEnv([lambda limit=limit: TimeLimit(HopperEnv(), limit)]) for limit in (3, 9))
+        for env in (saved, restored):
+            env.reset()
+        restored.set_checkpoint_state(saved.get_checkpoint_state())
+        assert [bool(restored.step(np.zeros((1, 3)))[2][0]) for _ in range(6)] == [False, False, True] * 2
+
     def test_copies_have_the_original_options(self) -> None:
         dummy, threaded = make_pair("Hopper-v5")
         for env in (dummy, threaded):

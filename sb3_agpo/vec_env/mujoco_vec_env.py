@@ -211,9 +211,10 @@ class MujocoVecEnv(VecEnv):
         self._simulation.read((index,))
 
     def _heed_changes(self) -> None:
-        """Read the simulators and take the options of the task anew, if somebody may have changed them."""
+        """Read the simulators, take time limits and the options of the task anew, if somebody may have changed them."""
         if not (self._is_shared or self._is_touched):
             return
+        self._episodes.read_limits()
         # An environment's own step takes its own options in any case
         if not self._simulation.own_step and self._described != [describe_options(env) for env in self._envs]:
             task = find_task(self._envs)
