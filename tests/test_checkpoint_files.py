@@ -5,7 +5,7 @@ import json
 import os
 import random
 import zipfile
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -111,6 +111,8 @@ def test_objects_come_back() -> None:
         AGPOPolicy: th.nn.SiLU,
         "x": [th.optim.AdamW, np.float32, np.dtype("int8")],
     }
+    ordered = through_json({"x": OrderedDict(b=1, a=OrderedDict({2: 3}))})["x"]
+    assert type(ordered) is type(ordered["a"]) is OrderedDict and list(ordered) == ["b", "a"] and ordered["a"] == {2: 3}
     values = deque([1, 2], maxlen=3)
     assert through_json(values) == values and through_json(values).maxlen == 3
 

@@ -152,10 +152,11 @@ def _encode_sequence(value: Any, arrays: Arrays, where: str) -> Any:
 
 
 def _encode_mapping(value: Mapping[Any, Any], arrays: Arrays, where: str) -> dict[str, Any]:
-    if all(type(key) is str for key in value) and TAG not in value:
+    if type(value) is dict and all(type(key) is str for key in value) and TAG not in value:
         return {key: _encode(item, arrays, f"{where}.{key}") for key, item in value.items()}
     # An optimiser's state has integer keys
-    return {TAG: "dict", "items": [_encode_all(pair, arrays, f"{where}[{pair[0]!r}]") for pair in value.items()]}
+    items = [_encode_all(pair, arrays, f"{where}[{pair[0]!r}]") for pair in value.items()]
+    return {TAG: type(value).__name__, "items": items}
 
 
 def _encode_generator(value: Any, arrays: Arrays, where: str) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def _decode_tagged(structure: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
         return {kind.__name__: kind for kind in RECORDS}[structure["class"]](*items)
     if tag == "deque":
         return deque(items, maxlen=structure["maxlen"])
-    return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}[tag](items)
+    return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "OrderedDict": OrderedDict}[tag](items)
 
 
 def _decode_array(structure: dict[str, Any], array: NDArray[Any]) -> Any:
