@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,44 @@ def test_user_may_change_arguments(tmp_path: Path) -> None:
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 1e-5
 
 
+def test_changed_arguments_hold_although_something_of_them_is_saved(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5", ent_coef=0.1).learn(40).save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "InvertedPendulum-v5", ent_coef=0.5, stats_window_size=5)
+    assert resumed._current_ent_coef() == 0.5
+    assert resumed.ep_info_buffer is not None and resumed.ep_info_buffer.maxlen == 5
+    given: list[dict[str, Any]] = [{}, {"seed": 0}, {"seed": 1}, {"seed": 1}, {"seed": 2}]  # it was 0
+    runs = [AGPO.resume(tmp_path, "InvertedPendulum-v5", **seed).learn(40, reset_num_timesteps=False) for seed in given]
+    assert [parameters_equal(first, second) for first, second in pairwise(runs)] == [True, False, True, False]
+
+
+def make_hindsight_env() -> VecEnv:
+    """Environments for hindsight experience replay."""
+    return make_vec_env(lambda: BitFlippingEnv(4, continuous=True, max_steps=4), 2)
+
+
+def test_arguments_of_a_replay_buffer_may_be_changed(tmp_path: Path) -> None:
+    kind: dict[str, Any] = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer}
+    small_model(make_hindsight_env(), **kind, replay_buffer_kwargs={"n_sampled_goal": 4}).learn(40).save_checkpoint(tmp_path)
+    buffer = AGPO.resume(tmp_path, make_hindsight_env(), replay_buffer_kwargs={"n_sampled_goal": 1}).replay_buffer
+    assert isinstance(buffer, HerReplayBuffer) and (buffer.n_sampled_goal, buffer.her_ratio, buffer.size()) == (1, 0.5, 20)
+    with pytest.raises(ValueError, match="copy_info_dict` is True, that of the checkpoint was None; do not change it, as"):
+        AGPO.resume(tmp_path, make_hindsight_env(), replay_buffer_kwargs={"n_sampled_goal": 4, "copy_info_dict": True})
+
+
+class RenamingBuffer(ReplayBuffer):
+    """A replay buffer of the user's own that keeps an argument under another name."""
+
+    def __init__(self, *args: Any, alpha: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.exponent = alpha
+
+
+def test_argument_that_a_replay_buffer_renames_cannot_be_changed(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", replay_buffer_class=RenamingBuffer).learn(30).save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"in \['alpha'\], which RenamingBuffer keeps under other names; do not change them"):
+        AGPO.resume(tmp_path, "Pendulum-v1", replay_buffer_class=RenamingBuffer, replay_buffer_kwargs={"alpha": 0.9})
+
+
 def test_memory_of_derivatives_may_be_changed_while_there_are_none(tmp_path: Path) -> None:
     small_model("InvertedPendulum-v5", critic_grad_coef=0.0).learn(40).save_checkpoint(tmp_path)
     resumed = AGPO.resume(tmp_path, "InvertedPendulum-v5", derivative_memory=0.25, critic_grad_coef=1.0)
@@ -362,6 +401,17 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"buffer_size": 100}, "do not change `buffer_size`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"policy_kwargs": {"net_arch": [4]}}, "`policy_kwargs`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"ent_coef": 0.1}, "nor `ent_coef` from a learned"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2),
+            {"ent_coef": "auto_0.7"},
+            "`ent_coef` is 'auto_0.7', .* as it has been",
+        ),
+        (lambda: make_vec_env("InvertedPendulum-v5", 2), {"optimize_memory_usage": True}, "stored in another way"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2),
+            {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"weight_decay": 0.1}}},
+            "`policy_kwargs.optimizer_kwargs` is .*, that of the checkpoint was None; do not change it",
+        ),
         (
             lambda: make_vec_env("InvertedPendulum-v5", 2),
             {"derivative_memory": 0.25},

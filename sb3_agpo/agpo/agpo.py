@@ -582,7 +582,10 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         check_arguments(kwargs)
         if "replay_buffer_class" in kwargs:
             kwargs["_automatic_buffer"] = kwargs["replay_buffer_class"] is None
-        return super().load(path, *args, **kwargs)
+        model = super().load(path, *args, **kwargs)
+        if "ent_coef" in kwargs and model.ent_coef_optimizer is None:
+            model.ent_coef_tensor.fill_(float(model.ent_coef))  # SB3 has put back the file's
+        return model
 
     def save_checkpoint(
         self, directory: str | pathlib.Path, keep: int = 1, torch_generator: th.Tensor | None = None
@@ -610,7 +613,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
         :param directory: directory of checkpoints, or one of them
         :param env: environment made as that of the checkpoint was; it is put back to where it was
-        :param kwargs: constructor arguments to change, and those that could not be saved, such as functions
+        :param kwargs: constructor arguments to change, and those that could not be saved, such as functions. Another ``seed``
+            is that of what comes; an episode that has begun goes on as it would have
         :return: the model
         :raises ValueError: if there is no whole checkpoint that fits, naming what to do
         """

@@ -11,6 +11,7 @@ import inspect
 import random
 import re
 import warnings
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,7 @@ from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.faults import explained_faults
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.checkpoint.directory import read_newest, write_checkpoint
-from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
+from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, same_data, set_space_generators, space_generators
 from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
 
 if TYPE_CHECKING:
@@ -84,6 +85,15 @@ NOT_ATTRIBUTES = (
 NOT_EXPERIENCE = ("device", "env", "observation_space", "action_space")
 #: constructor arguments that buffers keep too, and that may be changed on the way
 ARGUMENTS_OF_BUFFERS = ("n_steps", "gamma", "horizon", "rollout_size")
+#: what else a replay buffer makes of an argument
+MADE_OF_ARGUMENTS = {"n_sampled_goal": ("her_ratio",)}
+#: arguments that cannot be changed on the way, and what the checkpoint holds instead
+NOT_TO_CHANGE = {
+    "optimize_memory_usage": "transitions that are stored in another way",
+    "replay_buffer_kwargs.copy_info_dict": "transitions without their infos",
+    "policy_kwargs.optimizer_class": "the optimisers' state, settings included",
+    "policy_kwargs.optimizer_kwargs": "the optimisers' state, settings included",
+}
 
 
 def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_generator: th.Tensor | None = None) -> Path:
@@ -141,10 +151,41 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
         raise ValueError(
             f"the checkpoint {checkpoint} could not hold {missing}; give them again: resume(directory, env, {names})"
         )
+    changed = check_changes(arguments, kwargs)
     model = make_model(cls, env, arguments, kwargs)
     check_same_task(model, state["task"])
-    restore_model(model, state)
+    restore_model(model, state, changed)
     return model
+
+
+def check_changes(saved: State, given: State) -> set[str]:
+    """
+    Find the arguments that are changed, and refuse those that the checkpoint would silently replace.
+
+    :param saved: constructor arguments of the checkpoint's model
+    :param given: those given anew
+    :return: names of what is changed; of what dictionaries hold in the form "replay_buffer_kwargs.n_sampled_goal"
+    :raises ValueError: naming one that cannot be changed
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in given.keys() & saved.keys():
+        here, there = given[name], saved[name]
+        if name in ("policy_kwargs", "replay_buffer_kwargs"):
+            here, there = here or {}, there or {}
+            changed |= {f"{name}.{key}": (here.get(key), there.get(key)) for key in {*here, *there}}
+        else:
+            changed[name] = here, there
+    changed = {name: values for name, values in changed.items() if not same_data(*values)}
+    for name, (here, there) in sorted(changed.items()):
+        reason = NOT_TO_CHANGE.get(name)
+        if name == "ent_coef" and isinstance(here, str) and isinstance(there, str):
+            reason = "the temperature as it has been learned"
+        if reason is not None:
+            raise ValueError(
+                f"`{name}` is {here!r}, that of the checkpoint was {there!r}; do not change it, as the checkpoint holds "
+                f"{reason}"
+            )
+    return set(changed)
 
 
 def make_model(cls: type[AGPOType], env: GymEnv | str, saved: State, given: State) -> AGPOType:
@@ -345,17 +386,23 @@ def check_same_task(model: AGPO, task: State) -> None:
             )
 
 
-def restore_model(model: AGPO, state: State) -> None:
+def restore_model(model: AGPO, state: State, changed: set[str]) -> None:
     """
     Put a new model where another one was.
 
     :param model: made with the same arguments
     :param state: as :func:`capture_model` returned it
+    :param changed: names of arguments that are not the same, as :func:`check_changes` returned them
     """
     assert model.env is not None and model.replay_buffer is not None
-    restore_networks(model, state)
-    restore_replay_buffer(model.replay_buffer, state["replay_buffer"])
+    restore_networks(model, state, changed)
+    prefix = "replay_buffer_kwargs."
+    options = {name.removeprefix(prefix) for name in changed if name.startswith(prefix)}
+    restore_replay_buffer(model.replay_buffer, state["replay_buffer"], options)
     vars(model).update(state["attributes"])
+    for name in ("ep_info_buffer", "ep_success_buffer"):
+        if getattr(model, name) is not None:
+            setattr(model, name, deque(getattr(model, name), maxlen=model._stats_window_size))
     restore_derivatives(model, state)
     notes = restore_vec_environment(model.env, state["environment"])
     if model.dynamics is not None:
@@ -367,15 +414,19 @@ def restore_model(model: AGPO, state: State) -> None:
     notes += [f"{name} could not be saved" for name in state["left_out"]]
     if notes:
         warnings.warn(f"The resumed run will not go on bit for bit: {'; '.join(notes)}", stacklevel=4)
-    restore_generators(model, state["generators"])
+    if "seed" in changed:
+        model.set_random_seed(model.seed)
+    else:
+        restore_generators(model, state["generators"])
 
 
-def restore_networks(model: AGPO, state: State) -> None:
+def restore_networks(model: AGPO, state: State, changed: set[str]) -> None:
     """
     Put networks, optimisers and temperature back.
 
     :param model: the model
     :param state: as :func:`capture_model` returned it
+    :param changed: names of arguments that are not the same
     :raises ValueError: if the networks have other sizes
     """
     try:
@@ -386,17 +437,20 @@ def restore_networks(model: AGPO, state: State) -> None:
             f"temperature to a fixed one or back ({error})"
         ) from error
     for name, value in state["variables"].items():
+        if name == "ent_coef_tensor" and "ent_coef" in changed:
+            continue
         # The tensor itself stays, as the optimiser holds it
         recursive_setattr(model, f"{name}.data", value.to(model.device))
 
 
-def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
+def restore_replay_buffer(buffer: ReplayBuffer, state: State, changed: set[str]) -> None:
     """
     Put the experience back.
 
     :param buffer: an empty replay buffer of the same sizes
     :param state: as :func:`capture_replay_buffer` returned it
-    :raises ValueError: if the sizes differ
+    :param changed: names of the buffer's own arguments that are not the same
+    :raises ValueError: if the sizes differ, or it cannot be told what the buffer has made of an argument
     """
     size = state["buffer_size"]
     if size != buffer.buffer_size:
@@ -404,8 +458,15 @@ def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
             f"the replay buffer has room for {buffer.buffer_size} steps, that of the checkpoint had for {size}; "
             "do not change `buffer_size`"
         )
+    hidden = sorted(name for name in changed if not hasattr(buffer, name))
+    if hidden:
+        raise ValueError(
+            f"`replay_buffer_kwargs` differ from the checkpoint's in {hidden}, which {type(buffer).__name__} keeps under "
+            "other names; do not change them"
+        )
+    as_made = {*ARGUMENTS_OF_BUFFERS, *changed, *(name for key in changed for name in MADE_OF_ARGUMENTS.get(key, ()))}
     for name, value in state.items():
-        if name in ARGUMENTS_OF_BUFFERS:
+        if name in as_made:
             continue
         current = getattr(buffer, name, None)
         if isinstance(value, dict) and isinstance(current, dict):

@@ -100,6 +100,23 @@ def is_plain(value: Any) -> bool:
     return True
 
 
+def same_data(first: Any, second: Any) -> bool:
+    """
+    Whether two values are equal, lists and tuples of equal items included.
+
+    :param first: a value
+    :param second: another
+    :return: whether they are
+    """
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same_data, first, second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same_data(first[key], second[key]) for key in first)
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    return bool(first == second)
+
+
 def _encode(value: Any, arrays: Arrays, where: str) -> Any:
     """Structure of a value; its arrays are added to ``arrays``."""
     if value is None or type(value) in (bool, int, float, str):
