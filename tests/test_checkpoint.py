@@ -162,6 +162,18 @@ def test_resume_before_learning_starts_and_between_two_calls(tmp_path: Path) -> 
         assert_equal_runs(whole, resumed)
 
 
+@pytest.mark.parametrize("make_env", [lambda: make_vec_env("Hopper-v5", 2), lambda: MujocoVecEnv("Hopper-v5", 2)])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_seeds_that_wait_for_the_first_reset(make_env: MakeEnv, is_new: bool, tmp_path: Path) -> None:
+    whole = small_model(make_env())
+    if not is_new:
+        whole.learn(40).set_env(make_env())
+        whole.env.seed(7)  # type: ignore[union-attr]
+    whole.save_checkpoint(tmp_path)
+    whole.learn(60, reset_num_timesteps=False)
+    assert_equal_runs(whole, AGPO.resume(tmp_path, make_env()).learn(60, reset_num_timesteps=False))
+
+
 def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
     """From one checkpoint to the next through several processes' worth of models."""
     whole = small_model(make_vec_env("InvertedPendulum-v5", 2)).learn(160)

@@ -14,6 +14,8 @@ from sb3_agpo.checkpoint.plain_data import is_plain
 
 #: attributes of wrappers that are no state of their own
 STRUCTURAL = ("venv", "class_attributes", "num_envs", "render_mode", "reset_infos", "metadata")
+#: what waits for the next reset
+FOR_RESET = ("_seeds", "_options")
 
 
 def capture_vec_environment(env: VecEnv) -> State:
@@ -29,7 +31,15 @@ def capture_vec_environment(env: VecEnv) -> State:
         env = env.venv
     environments, reason = _capture_environments(env)
     notes = [name for wrapper in wrappers for name in wrapper.pop("unknown")]
-    return {"wrappers": wrappers, "environments": environments, "reason": reason, "notes": notes}
+    for_reset = {name: getattr(env, name) for name in FOR_RESET}
+    notes += [f"`{name[1:]}` for the next reset could not be saved" for name in FOR_RESET if not is_plain(for_reset[name])]
+    return {
+        "wrappers": wrappers,
+        "environments": environments,
+        "reason": reason,
+        "notes": notes,
+        "for_reset": {name: value for name, value in for_reset.items() if is_plain(value)},
+    }
 
 
 def restore_vec_environment(env: VecEnv, state: State) -> list[str] | None:
@@ -55,6 +65,7 @@ def restore_vec_environment(env: VecEnv, state: State) -> list[str] | None:
     env.reset()  # whatever is not saved begins as it does in any run
     inner._reset_seeds()
     inner._reset_options()
+    vars(inner).update(state.get("for_reset", {}))
     for wrapper, wrapper_state in zip(wrappers, state["wrappers"], strict=True):
         _restore_wrapper(wrapper, wrapper_state)
     if state["environments"] is None:
