@@ -15,6 +15,7 @@ from small_models import SMALL, RandomEnv, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
@@ -23,6 +24,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo import checkpoint
 from sb3_agpo.agpo.checkpoint import capture_attributes
 from sb3_agpo.agpo.gates import VarianceSwitch
 from sb3_agpo.checkpoint.directory import complete_checkpoints
@@ -135,6 +137,26 @@ def test_resumed_run_equals_uninterrupted_one(make_env: MakeEnv, options: dict[s
     assert whole._n_updates > 10
     assert_equal_runs(whole, resumed)
     assert capture_attributes(resumed)[1] == []  # nothing of a model is left out
+
+
+def test_exploration_that_is_drawn_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has a generator of its own, from which gSDE draws before a callback saves a checkpoint."""
+    generator = th.Generator()
+
+    def sample_weights(self: StateDependentNoiseDistribution, log_std: th.Tensor, batch_size: int = 1) -> None:
+        std = self.get_std(log_std)
+        self.exploration_mat = th.randn(std.shape, generator=generator) * std
+        self.exploration_matrices = th.randn((batch_size, *std.shape), generator=generator) * std
+
+    def make_env() -> VecEnv:
+        generator.manual_seed(0)
+        return make_vec_env("InvertedPendulum-v5", 2)
+
+    monkeypatch.setattr(StateDependentNoiseDistribution, "sample_weights", sample_weights)
+    monkeypatch.setattr(checkpoint, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(th.cuda, "get_rng_state_all", lambda: [generator.get_state()])
+    monkeypatch.setattr(th.cuda, "set_rng_state_all", lambda states: generator.set_state(states[0]))
+    assert_equal_runs(*run_and_resume(make_env, {"use_sde": True}, tmp_path))
 
 
 def test_worker_processes(tmp_path: Path) -> None:

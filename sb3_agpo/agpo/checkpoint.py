@@ -13,7 +13,7 @@ import re
 import warnings
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -96,7 +96,30 @@ NOT_TO_CHANGE = {
 }
 
 
-def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_generator: th.Tensor | None = None) -> Path:
+class TorchGenerators(NamedTuple):
+    """States of torch's generators."""
+
+    cpu: th.Tensor
+    gpus: list[th.Tensor]  # empty if the model is on none
+
+
+def torch_generators(device: th.device) -> TorchGenerators:
+    """
+    Read the generators that a model draws from.
+
+    :param device: the model's device
+    :return: their states
+    """
+    return TorchGenerators(th.get_rng_state(), th.cuda.get_rng_state_all() if _is_gpu(device) else [])
+
+
+def _is_gpu(device: th.device) -> bool:
+    return device.type == "cuda"
+
+
+def save_checkpoint(
+    model: AGPO, directory: str | Path, keep: int = 1, torch_generator: TorchGenerators | th.Tensor | None = None
+) -> Path:
     """
     Add a checkpoint to a directory; the last one stays until the new one is complete.
 
@@ -106,7 +129,7 @@ def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_gen
     :param model: the model
     :param directory: directory of checkpoints, made if it does not exist
     :param keep: checkpoints to keep, the new one included
-    :param torch_generator: state of torch's generator to go on with; None for that of now
+    :param torch_generator: state of torch's generators to go on with, or of that of the CPU alone; None for those of now
     :return: the new checkpoint
     :raises ValueError: if ``keep`` is not positive, or the model has no environment
     :raises OSError: if it cannot be written; checkpoints that were there stay as they were
@@ -215,12 +238,12 @@ def make_model(cls: type[AGPOType], env: GymEnv | str, saved: State, given: Stat
 # ---------------------------------------------------------------------- saving
 
 
-def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> State:
+def capture_model(model: AGPO, torch_generator: TorchGenerators | th.Tensor | None = None) -> State:
     """
     Everything that the rest of a run depends on.
 
     :param model: the model
-    :param torch_generator: state of torch's generator, None for that of now
+    :param torch_generator: state of torch's generators, or of that of the CPU alone; None for those of now
     :return: the state, made of what plain data can hold
     """
     assert model.env is not None and model.replay_buffer is not None
@@ -336,19 +359,24 @@ def _without_device(buffer: Any) -> State:
     return state
 
 
-def capture_generators(model: AGPO, torch_generator: th.Tensor | None) -> State:
+def capture_generators(model: AGPO, torch_generator: TorchGenerators | th.Tensor | None) -> State:
     """
     All sources of random numbers except those of the environments.
 
     :param model: the model
-    :param torch_generator: state of torch's generator, None for that of now
+    :param torch_generator: state of torch's generators, or of that of the CPU alone; None for those of now
     :return: their states
     """
+    generators = torch_generators(model.device)
+    if isinstance(torch_generator, TorchGenerators):
+        generators = torch_generator
+    elif torch_generator is not None:
+        generators = generators._replace(cpu=torch_generator)
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state() if torch_generator is None else torch_generator,
-        "cuda": th.cuda.get_rng_state_all() if model.device.type == "cuda" else [],
+        "torch": generators.cpu,
+        "cuda": generators.gpus,
         "action_space": space_generators(model.action_space),
     }
 
@@ -534,6 +562,6 @@ def restore_generators(model: AGPO, state: State) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     th.set_rng_state(state["torch"])
-    if state["cuda"] and model.device.type == "cuda":
+    if state["cuda"] and _is_gpu(model.device):
         th.cuda.set_rng_state_all(state["cuda"])
     set_space_generators(model.action_space, state["action_space"])
