@@ -517,6 +517,19 @@ def test_other_environment_is_refused() -> None:
         restore_environment(env, captured)
 
 
+def test_options_of_all_kinds_are_compared() -> None:
+    """Those of the checkpoint would replace them."""
+    captured = through_files(capture_environment(gym.make("Hopper-v5", healthy_z_range=(1.1, 9.0))))
+    restore_environment(gym.make("Hopper-v5", healthy_z_range=[1.1, 9.0], render_mode="rgb_array"), captured)
+    with pytest.raises(ValueError, match=r"made with healthy_z_range=\(0.7, inf\), that of the checkpoint with \(1.1, 9.0\)"):
+        restore_environment(gym.make("Hopper-v5"), captured)
+    before = {**captured, "made_with": {"max_episode_steps": 1000}}  # checkpoints of before held numbers alone
+    del before["options"]
+    restore_environment(gym.make("Hopper-v5", healthy_z_range=(0.9, 9.0)), before)
+    with pytest.raises(ValueError, match="made with max_episode_steps=5"):
+        restore_environment(gym.make("Hopper-v5", max_episode_steps=5), before)
+
+
 def make_vec_task() -> VecMonitor:
     """Two environments under every wrapper that has a state."""
     envs = DummyVecEnv([lambda: gym.make("Hopper-v5", max_episode_steps=15)] * 2)

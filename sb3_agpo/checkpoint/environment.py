@@ -28,7 +28,7 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import ResultsWriter
 
-from sb3_agpo.checkpoint.plain_data import is_plain, set_space_generators, space_generators
+from sb3_agpo.checkpoint.plain_data import is_plain, same_data, set_space_generators, space_generators
 from sb3_agpo.checkpoint.sharing import bounds, contents, describe_sharing, restore_sharing
 from sb3_agpo.dynamics.recorder import TransitionRecorder
 from sb3_agpo.dynamics.wrappers import is_time_limit
@@ -38,7 +38,9 @@ State = dict[str, Any]
 #: attributes that are no state of their own
 STRUCTURAL = ("env", "mujoco_renderer", "render_mode", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
 #: arguments of an environment that only make pictures
-OF_PICTURES = ("width", "height", "camera_id", "max_geom")
+OF_PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "max_geom", "default_camera_config")
+#: an argument that names a file; the model in it is compared itself
+OF_FILES = ("xml_file",)
 #: types that hold no state of an episode
 INERT: tuple[type, ...] = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, functools.partial),
@@ -84,39 +86,53 @@ def capture_environment(env: gym.Env[Any, Any]) -> State:
         "simulator": capture_simulator(unwrapped) if isinstance(unwrapped, MujocoEnv) else None,
         "unknown": [name for names in (*unknown, *detached) for name in names],
         "lost": bool(unknown[-1]),
-        "made_with": given_numbers(env),
+        "options": given_options(env),
     }
 
 
-def given_numbers(env: gym.Env[Any, Any]) -> dict[str, float]:
+def given_options(env: gym.Env[Any, Any]) -> dict[str, Any]:
     """
-    The numbers that ``gymnasium.make`` was given for an environment.
+    The numbers and texts that ``gymnasium.make`` was given for an environment, alone or in lists, tuples and dictionaries.
 
     :param env: environment, wrapped or not
-    :return: name -> number; empty for one made in another way
+    :return: name -> value, without what may differ from one machine to another; empty for one made in another way
     """
     if env.spec is None:
         return {}
     given = {"max_episode_steps": env.spec.max_episode_steps, **env.spec.kwargs}
-    return {name: value for name, value in given.items() if isinstance(value, (int, float)) and name not in OF_PICTURES}
+    return {name: value for name, value in given.items() if name not in (*OF_PICTURES, *OF_FILES) and _is_option(value)}
 
 
-def check_given_numbers(env: gym.Env[Any, Any], expected: dict[str, float]) -> None:
+def _is_option(value: Any) -> bool:
+    """Whether a value is made of numbers and of texts that are no paths, which belong to a machine."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_option, contents(value).values()))
+    if isinstance(value, str):
+        return "/" not in value and "\\" not in value
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return value is None or isinstance(value, bool | int | float | np.generic)
+
+
+def check_given_options(env: gym.Env[Any, Any], state: State) -> None:
     """
-    Refuse an environment that was made with other numbers, which those of the checkpoint would silently replace.
+    Refuse an environment that was made with other options, which those of the checkpoint would silently replace.
 
     :param env: environment
-    :param expected: as :func:`given_numbers` returned it for the checkpoint's
+    :param state: the checkpoint's, as :func:`capture_environment` returned it
     :raises ValueError: naming what differs
     """
-    own = given_numbers(env)
+    own, expected = given_options(env), state.get("options")
+    if expected is None:  # checkpoints of before held numbers alone
+        expected = state.get("made_with", {})
+        own = {name: value for name, value in own.items() if isinstance(value, int | float)}
     if not own or not expected:  # one of them was made in another way, which tells nothing
         return
     parameters = inspect.signature(type(env.unwrapped).__init__).parameters
     for name in [*own, *(name for name in expected if name not in own)]:
         default = parameters[name].default if name in parameters else None
         here, there = own.get(name, default), expected.get(name, default)
-        if here != there:
+        if not same_data(here, there):
             raise ValueError(
                 f"the environment was made with {name}={here!r}, that of the checkpoint with {there!r}; make it in the "
                 "same way, or use `load` to train in another one"
@@ -234,7 +250,7 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "
             "make it with the same wrappers"
         )
-    check_given_numbers(env, state.get("made_with", {}))
+    check_given_options(env, state)
     layer_states = copy.deepcopy(state["layers"])  # what is put in belongs to this environment alone
     if "sharing" in state:
         restore_sharing(layer_states, state["sharing"])
