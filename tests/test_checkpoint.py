@@ -391,6 +391,27 @@ def test_part_of_a_replay_buffer_that_cannot_be_saved_is_named(tmp_path: Path) -
     assert resumed.replay_buffer is not None and resumed.replay_buffer.size() == 45
 
 
+class GrowingBuffer(ReplayBuffer):
+    """A replay buffer of the user's own with arrays whose lengths change."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.returns, self.last = np.array([]), np.zeros(100)
+
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        self.returns, self.last = np.append(self.returns, args[3]), np.array(args[3])
+
+
+def test_arrays_of_a_replay_buffer_that_change_their_lengths(tmp_path: Path) -> None:
+    first = small_model("Pendulum-v1", replay_buffer_class=GrowingBuffer).learn(45)
+    first.save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "Pendulum-v1", replay_buffer_class=GrowingBuffer)
+    buffers: Any = first.replay_buffer, resumed.replay_buffer
+    for name in ("returns", "last", "rewards", "next_observations"):
+        assert np.array_equal(*(getattr(buffer, name) for buffer in buffers)), name
+
+
 def test_changed_simulator_is_noticed(tmp_path: Path) -> None:
     small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path)
     env = gym.make("InvertedPendulum-v5")

@@ -335,9 +335,8 @@ def capture_replay_buffer(buffer: ReplayBuffer) -> tuple[State, list[str]]:
     :param buffer: the buffer
     :return: its attributes, and the names of those that plain data cannot hold
     """
-    # One more than written: with `optimize_memory_usage` the next observation is where the next transition will be
-    used = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
     memory = (buffer.buffer_size, buffer.n_envs)
+    used = _rows_in_use(buffer.buffer_size, buffer.full, buffer.pos)
 
     def in_use(value: Any) -> Any:
         if isinstance(value, dict):
@@ -351,6 +350,11 @@ def capture_replay_buffer(buffer: ReplayBuffer) -> tuple[State, list[str]]:
         del state["infos"]  # empty
     lost = [name for name, value in state.items() if not is_plain(value)]
     return {name: value for name, value in state.items() if name not in lost}, lost
+
+
+def _rows_in_use(size: int, full: bool, pos: int) -> int:
+    """One more than written: with `optimize_memory_usage` the next observation is where the next transition will be."""
+    return size if full else min(pos + 1, size)
 
 
 def _without_device(buffer: Any) -> State:
@@ -493,28 +497,22 @@ def restore_replay_buffer(buffer: ReplayBuffer, state: State, changed: set[str])
             "other names; do not change them"
         )
     as_made = {*ARGUMENTS_OF_BUFFERS, *changed, *(name for key in changed for name in MADE_OF_ARGUMENTS.get(key, ()))}
+    used = _rows_in_use(size, state["full"], state["pos"])
+    memory = (size, buffer.n_envs)
+
+    def put_back(current: Any, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(current, dict):
+            return type(value)((key, put_back(current.get(key), item)) for key, item in value.items())
+        arrays = isinstance(value, np.ndarray) and isinstance(current, np.ndarray)
+        if arrays and current.shape == memory + value.shape[2:] and value.shape[:2] == (used, buffer.n_envs):
+            current[:used] = value  # the rest was not in use
+            return current
+        return value
+
     for name, value in state.items():
         if name in as_made:
             continue
-        current = getattr(buffer, name, None)
-        if isinstance(value, dict) and isinstance(current, dict):
-            for key, item in value.items():
-                current[key] = _filled(current.get(key), item)
-        else:
-            setattr(buffer, name, _filled(current, value))
-
-
-def _filled(memory: Any, value: Any) -> Any:
-    """``memory`` with ``value`` at its beginning, or ``value`` itself where it is no part of an array."""
-    if (
-        isinstance(value, np.ndarray)
-        and isinstance(memory, np.ndarray)
-        and memory.shape[1:] == value.shape[1:]
-        and memory.ndim
-    ):
-        memory[: len(value)] = value
-        return memory
-    return value
+        setattr(buffer, name, put_back(getattr(buffer, name, None), value))
 
 
 def restore_derivatives(model: AGPO, state: State) -> None:
