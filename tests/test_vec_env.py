@@ -281,6 +281,16 @@ class TestSeedsAndResets:
         # Lengths and returns of the episodes tell that the counters started anew
         assert assert_same_run(dummy, threaded, draw_actions(dummy, 10, seed=1)) == 3
 
+    def test_first_reset_of_each(self) -> None:
+        pair = make_pair("Hopper-v5", n_envs=2)
+        for env in pair:
+            env.env_method("reset", seed=3, indices=0)
+        with pytest.raises(RuntimeError, match="call `reset`"):
+            pair[1].step(np.zeros((2, 3)))
+        for env in pair:
+            env.env_method("reset", seed=4, indices=1)
+        assert_same_run(*pair, draw_actions(pair[0], 5))
+
     def test_options_reach_the_environments_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
         original = HopperEnv.reset
@@ -351,6 +361,33 @@ class TestSimulatorsChangedByHand:
         for single, other in zip(dummy.envs, threaded._envs, strict=True):
             mujoco.mj_copyData(single.unwrapped.data, other.unwrapped.model, other.unwrapped.data)  # type: ignore[attr-defined]
         assert_same_run(dummy, threaded, rows[3:])
+
+    @pytest.mark.parametrize("full_info", [False, True])
+    def test_a_model_put_in_place_of_another(self, full_info: bool) -> None:
+        pair = make_pair("HalfCheetah-v5", full_info=full_info)
+        rows = draw_actions(pair[0], 5)
+        for env in pair:
+            env.reset()
+        for gravity in (-9.0, -2.0):
+            model = mujoco.MjModel.from_xml_path(pair[0].envs[0].unwrapped.fullpath)  # type: ignore[attr-defined]
+            model.opt.gravity[2] = gravity
+            for env in pair:
+                for single in env.envs:
+                    core: Any = single.unwrapped
+                    core.model, core.data = model, mujoco.MjData(model)
+            np.testing.assert_array_equal(pair[0].reset(), pair[1].reset())
+            assert_same_run(*pair, rows, full_info)
+        pair[1].envs[1].unwrapped.model = copy.copy(model)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=r"environment 1 has another MjModel than environment 0, .* the same new one"):
+            pair[1].step(rows[0])
+
+    def test_data_put_in_place_of_others(self) -> None:
+        pair = make_pair("Hopper-v5")
+        for env in pair:
+            env.reset()
+            core = env.get_attr("unwrapped")[1]
+            core.data = mujoco.MjData(core.model)
+        assert_same_run(*pair, draw_actions(pair[0], 5))
 
     def test_the_model_is_shared(self) -> None:
         dummy, threaded = make_pair("HalfCheetah-v5")
