@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run equals an uninterrupted one bit for bit, and no failure harms the last one."""
 
+import random
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,7 +21,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_agpo import AGPO
@@ -159,11 +160,25 @@ def test_exploration_that_is_drawn_on_another_device(tmp_path: Path, monkeypatch
     assert_equal_runs(*run_and_resume(make_env, {"use_sde": True}, tmp_path))
 
 
-def test_worker_processes(tmp_path: Path) -> None:
+class GlobalNoise(RandomEnv):
+    """Rewards from the global generators of its process, which the first reset seeds."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            set_random_seed(seed)
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, random.random() + np.random.random() + float(th.rand(())), *rest
+
+
+@pytest.mark.parametrize("task", ["InvertedPendulum-v5", lambda: seeded(GlobalNoise(spaces.Box(-1.0, 1.0, (3,), np.float32)))])
+def test_worker_processes(task: Any, tmp_path: Path) -> None:
     environments: list[VecEnv] = []
 
     def make_env() -> VecEnv:
-        environments.append(make_vec_env("InvertedPendulum-v5", 1, vec_env_cls=SubprocVecEnv))
+        environments.append(make_vec_env(task, 1, vec_env_cls=SubprocVecEnv))
         return environments[-1]
 
     assert_equal_runs(*run_and_resume(make_env, {}, tmp_path))

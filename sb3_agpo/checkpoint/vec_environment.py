@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
@@ -126,17 +129,28 @@ class AccessInstaller:
     """
 
     def __instancecheck__(self, env: Any) -> bool:
-        env.capture_checkpoint = partial(capture_environment, env)
+        env.capture_checkpoint = partial(_capture_with_generators, env)
         env.restore_checkpoint = partial(_restore_or_explain, env)
         return True
+
+
+def _capture_with_generators(env: gym.Env[Any, Any]) -> State:
+    """What :func:`capture_environment` does, and the state of the global generators of the worker process."""
+    generators = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": th.get_rng_state()}
+    return {**capture_environment(env), "generators": generators}
 
 
 def _restore_or_explain(env: gym.Env[Any, Any], state: State) -> list[str] | ValueError:
     """What :func:`restore_environment` does; its error is returned, as raising it would end the worker process."""
     try:
-        return restore_environment(env, state)
+        notes = restore_environment(env, state)
     except ValueError as error:
         return error
+    if "generators" in state:  # not in checkpoints of before
+        random.setstate(state["generators"]["python"])
+        np.random.set_state(state["generators"]["numpy"])
+        th.set_rng_state(state["generators"]["torch"])
+    return notes
 
 
 def _capture_environments(env: VecEnv) -> tuple[Any, str]:
