@@ -5,6 +5,7 @@ import json
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -534,6 +535,26 @@ def make_vec_task() -> VecMonitor:
     """Two environments under every wrapper that has a state."""
     envs = DummyVecEnv([lambda: gym.make("Hopper-v5", max_episode_steps=15)] * 2)
     return VecMonitor(VecFrameStack(VecNormalize(envs), 2))
+
+
+@pytest.mark.parametrize("override", [True, False])
+def test_monitors_count_seconds_from_the_head_of_their_file(override: bool, tmp_path: Path) -> None:
+    """A new file begins with when the new Monitor was made, an old one that is added to with when the old one was."""
+
+    def make_monitor(name: str) -> Monitor:
+        return Monitor(gym.make("Pendulum-v1"), str(tmp_path / name), override_existing=override)
+
+    first, second = make_monitor("first"), make_monitor("second")
+    first.reset()
+    first.t_start = 0.0
+    restore_environment(second, through_files(capture_environment(first)))
+    assert (second.t_start > 0.0) == override
+    envs = [VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), str(tmp_path / name)) for name in ("a", "b")]
+    envs[0].t_start = 0.0
+    restore_vec_environment(envs[1], through_files(capture_vec_environment(envs[0])))
+    assert envs[1].t_start > 0.0  # it always begins a new one
+    for env in (first, second, *envs):
+        env.close()
 
 
 def test_vectorized_environment() -> None:

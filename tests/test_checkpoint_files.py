@@ -224,6 +224,14 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert complete_checkpoints(tmp_path / "nothing") == []
 
 
+def test_more_checkpoints_than_six_digits_count(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, content(1), 10, keep=1).rename(tmp_path / "999999-step-10")
+    for number in (2, 3):
+        write_checkpoint(tmp_path, content(number), 10 * number, keep=2)
+        assert number_in(tmp_path) == number
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["1000000-step-20", "1000001-step-30"]
+
+
 def test_reading_beside_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest checkpoint may be removed, once a newer one is there, between finding and reading it."""
     write_checkpoint(tmp_path, content(1), 10, keep=1)

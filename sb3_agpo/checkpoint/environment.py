@@ -26,7 +26,8 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
-from stable_baselines3.common.monitor import ResultsWriter
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.vec_env import VecMonitor
 
 from sb3_agpo.checkpoint.plain_data import is_plain, same_data, set_space_generators, space_generators
 from sb3_agpo.checkpoint.sharing import bounds, contents, describe_sharing, restore_sharing
@@ -277,13 +278,25 @@ def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
     if "sharing" in state:  # checkpoints of before described it for each layer
         restore_sharing(state["attributes"], state["sharing"])
     for key, value in state["attributes"].items():
-        setattr(layer, key, value)
+        if key != "t_start" or not begins_file(layer):
+            setattr(layer, key, value)
     if not _is_of_known_package(layer):  # none of theirs ever deletes an attribute, but later versions may have more
         _forget_others(layer, state.get("names"))
     for key, generators in state["spaces"].items():
         space = getattr(layer, key)
         if space is not None:
             set_space_generators(space, generators)
+
+
+def begins_file(monitor: Any) -> bool:
+    """
+    Whether a Monitor writes a new file, which begins with its ``t_start``: seconds in it are to be counted from there.
+
+    :param monitor: ``Monitor``, ``VecMonitor``, or any other wrapper
+    :return: False if there is no file, or an old one is added to
+    """
+    writer = getattr(monitor, "results_writer", None) if isinstance(monitor, Monitor | VecMonitor) else None
+    return writer is not None and writer.file_handler.mode.startswith("w")
 
 
 def _forget_others(layer: gym.Env[Any, Any], names: list[str] | None) -> None:

@@ -12,7 +12,14 @@ import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_agpo.checkpoint.environment import KNOWN_PACKAGES, State, capture_environment, is_inert, restore_environment
+from sb3_agpo.checkpoint.environment import (
+    KNOWN_PACKAGES,
+    State,
+    begins_file,
+    capture_environment,
+    is_inert,
+    restore_environment,
+)
 from sb3_agpo.checkpoint.plain_data import is_plain
 
 #: attributes of wrappers that are no state of their own
@@ -97,7 +104,8 @@ def _capture_wrapper(wrapper: VecEnvWrapper) -> State:
 
 
 def _restore_wrapper(wrapper: VecEnvWrapper, state: State) -> None:
-    vars(wrapper).update(state["attributes"])
+    own = {"t_start"} if begins_file(wrapper) else set()
+    vars(wrapper).update({key: value for key, value in state["attributes"].items() if key not in own})
     for key, frames in state["stacks"].items():
         _set_frames(getattr(wrapper, key), frames)
 
