@@ -383,9 +383,12 @@ class TestSimulatorsChangedByHand:
 
     def test_data_put_in_place_of_others(self) -> None:
         pair = make_pair("Hopper-v5")
+        cores = []
         for env in pair:
             env.reset()
-            core = env.get_attr("unwrapped")[1]
+            cores.append(env.get_attr("unwrapped")[1])
+        assert_same_run(*pair, draw_actions(pair[0], 2))
+        for core in cores:
             core.data = mujoco.MjData(core.model)
         assert_same_run(*pair, draw_actions(pair[0], 5))
 
