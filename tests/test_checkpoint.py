@@ -1,7 +1,9 @@
 """Checkpoints: a resumed run equals an uninterrupted one bit for bit, and no failure harms the last one."""
 
+import random
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ from small_models import SMALL, RandomEnv, parameters_equal, small_model
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EveryNTimesteps
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo import checkpoint
 from sb3_agpo.agpo.checkpoint import capture_attributes
 from sb3_agpo.agpo.gates import VarianceSwitch
 from sb3_agpo.checkpoint.directory import complete_checkpoints
@@ -136,11 +140,45 @@ def test_resumed_run_equals_uninterrupted_one(make_env: MakeEnv, options: dict[s
     assert capture_attributes(resumed)[1] == []  # nothing of a model is left out
 
 
-def test_worker_processes(tmp_path: Path) -> None:
+def test_exploration_that_is_drawn_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has a generator of its own, from which gSDE draws before a callback saves a checkpoint."""
+    generator = th.Generator()
+
+    def sample_weights(self: StateDependentNoiseDistribution, log_std: th.Tensor, batch_size: int = 1) -> None:
+        std = self.get_std(log_std)
+        self.exploration_mat = th.randn(std.shape, generator=generator) * std
+        self.exploration_matrices = th.randn((batch_size, *std.shape), generator=generator) * std
+
+    def make_env() -> VecEnv:
+        generator.manual_seed(0)
+        return make_vec_env("InvertedPendulum-v5", 2)
+
+    monkeypatch.setattr(StateDependentNoiseDistribution, "sample_weights", sample_weights)
+    monkeypatch.setattr(checkpoint, "_is_gpu", lambda _: True)
+    monkeypatch.setattr(th.cuda, "get_rng_state_all", lambda: [generator.get_state()])
+    monkeypatch.setattr(th.cuda, "set_rng_state_all", lambda states: generator.set_state(states[0]))
+    assert_equal_runs(*run_and_resume(make_env, {"use_sde": True}, tmp_path))
+
+
+class GlobalNoise(RandomEnv):
+    """Rewards from the global generators of its process, which the first reset seeds."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            set_random_seed(seed)
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, random.random() + np.random.random() + float(th.rand(())), *rest
+
+
+@pytest.mark.parametrize("task", ["InvertedPendulum-v5", lambda: seeded(GlobalNoise(spaces.Box(-1.0, 1.0, (3,), np.float32)))])
+def test_worker_processes(task: Any, tmp_path: Path) -> None:
     environments: list[VecEnv] = []
 
     def make_env() -> VecEnv:
-        environments.append(make_vec_env("InvertedPendulum-v5", 1, vec_env_cls=SubprocVecEnv))
+        environments.append(make_vec_env(task, 1, vec_env_cls=SubprocVecEnv))
         return environments[-1]
 
     assert_equal_runs(*run_and_resume(make_env, {}, tmp_path))
@@ -159,6 +197,18 @@ def test_resume_before_learning_starts_and_between_two_calls(tmp_path: Path) -> 
         while resumed.num_timesteps < whole.num_timesteps:
             resumed.learn(40, reset_num_timesteps=False)
         assert_equal_runs(whole, resumed)
+
+
+@pytest.mark.parametrize("make_env", [lambda: make_vec_env("Hopper-v5", 2), lambda: MujocoVecEnv("Hopper-v5", 2)])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_seeds_that_wait_for_the_first_reset(make_env: MakeEnv, is_new: bool, tmp_path: Path) -> None:
+    whole = small_model(make_env())
+    if not is_new:
+        whole.learn(40).set_env(make_env())
+        whole.env.seed(7)  # type: ignore[union-attr]
+    whole.save_checkpoint(tmp_path)
+    whole.learn(60, reset_num_timesteps=False)
+    assert_equal_runs(whole, AGPO.resume(tmp_path, make_env()).learn(60, reset_num_timesteps=False))
 
 
 def test_checkpoint_of_a_resumed_run(tmp_path: Path) -> None:
@@ -191,6 +241,44 @@ def test_user_may_change_arguments(tmp_path: Path) -> None:
     resumed.learn(20, reset_num_timesteps=False)
     assert resumed.batch_size == 8
     assert resumed.actor.optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_changed_arguments_hold_although_something_of_them_is_saved(tmp_path: Path) -> None:
+    small_model("InvertedPendulum-v5", ent_coef=0.1).learn(40).save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "InvertedPendulum-v5", ent_coef=0.5, stats_window_size=5)
+    assert resumed._current_ent_coef() == 0.5
+    assert resumed.ep_info_buffer is not None and resumed.ep_info_buffer.maxlen == 5
+    given: list[dict[str, Any]] = [{}, {"seed": 0}, {"seed": 1}, {"seed": 1}, {"seed": 2}]  # it was 0
+    runs = [AGPO.resume(tmp_path, "InvertedPendulum-v5", **seed).learn(40, reset_num_timesteps=False) for seed in given]
+    assert [parameters_equal(first, second) for first, second in pairwise(runs)] == [True, False, True, False]
+
+
+def make_hindsight_env() -> VecEnv:
+    """Environments for hindsight experience replay."""
+    return make_vec_env(lambda: BitFlippingEnv(4, continuous=True, max_steps=4), 2)
+
+
+def test_arguments_of_a_replay_buffer_may_be_changed(tmp_path: Path) -> None:
+    kind: dict[str, Any] = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer}
+    small_model(make_hindsight_env(), **kind, replay_buffer_kwargs={"n_sampled_goal": 4}).learn(40).save_checkpoint(tmp_path)
+    buffer = AGPO.resume(tmp_path, make_hindsight_env(), replay_buffer_kwargs={"n_sampled_goal": 1}).replay_buffer
+    assert isinstance(buffer, HerReplayBuffer) and (buffer.n_sampled_goal, buffer.her_ratio, buffer.size()) == (1, 0.5, 20)
+    with pytest.raises(ValueError, match="copy_info_dict` is True, that of the checkpoint was None; do not change it, as"):
+        AGPO.resume(tmp_path, make_hindsight_env(), replay_buffer_kwargs={"n_sampled_goal": 4, "copy_info_dict": True})
+
+
+class RenamingBuffer(ReplayBuffer):
+    """A replay buffer of the user's own that keeps an argument under another name."""
+
+    def __init__(self, *args: Any, alpha: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.exponent = alpha
+
+
+def test_argument_that_a_replay_buffer_renames_cannot_be_changed(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", replay_buffer_class=RenamingBuffer).learn(30).save_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"in \['alpha'\], which RenamingBuffer keeps under other names; do not change them"):
+        AGPO.resume(tmp_path, "Pendulum-v1", replay_buffer_class=RenamingBuffer, replay_buffer_kwargs={"alpha": 0.9})
 
 
 def test_memory_of_derivatives_may_be_changed_while_there_are_none(tmp_path: Path) -> None:
@@ -318,6 +406,27 @@ def test_part_of_a_replay_buffer_that_cannot_be_saved_is_named(tmp_path: Path) -
     assert resumed.replay_buffer is not None and resumed.replay_buffer.size() == 45
 
 
+class GrowingBuffer(ReplayBuffer):
+    """A replay buffer of the user's own with arrays whose lengths change."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.returns, self.last = np.array([]), np.zeros(100)
+
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        self.returns, self.last = np.append(self.returns, args[3]), np.array(args[3])
+
+
+def test_arrays_of_a_replay_buffer_that_change_their_lengths(tmp_path: Path) -> None:
+    first = small_model("Pendulum-v1", replay_buffer_class=GrowingBuffer).learn(45)
+    first.save_checkpoint(tmp_path)
+    resumed = AGPO.resume(tmp_path, "Pendulum-v1", replay_buffer_class=GrowingBuffer)
+    buffers: Any = first.replay_buffer, resumed.replay_buffer
+    for name in ("returns", "last", "rewards", "next_observations"):
+        assert np.array_equal(*(getattr(buffer, name) for buffer in buffers)), name
+
+
 def test_changed_simulator_is_noticed(tmp_path: Path) -> None:
     small_model("InvertedPendulum-v5").learn(45).save_checkpoint(tmp_path)
     env = gym.make("InvertedPendulum-v5")
@@ -362,6 +471,17 @@ def _checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"buffer_size": 100}, "do not change `buffer_size`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"policy_kwargs": {"net_arch": [4]}}, "`policy_kwargs`"),
         (lambda: make_vec_env("InvertedPendulum-v5", 2), {"ent_coef": 0.1}, "nor `ent_coef` from a learned"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2),
+            {"ent_coef": "auto_0.7"},
+            "`ent_coef` is 'auto_0.7', .* as it has been",
+        ),
+        (lambda: make_vec_env("InvertedPendulum-v5", 2), {"optimize_memory_usage": True}, "stored in another way"),
+        (
+            lambda: make_vec_env("InvertedPendulum-v5", 2),
+            {"policy_kwargs": {"net_arch": [16], "optimizer_kwargs": {"weight_decay": 0.1}}},
+            "`policy_kwargs.optimizer_kwargs` is .*, that of the checkpoint was None; do not change it",
+        ),
         (
             lambda: make_vec_env("InvertedPendulum-v5", 2),
             {"derivative_memory": 0.25},

@@ -3,8 +3,9 @@
 import functools
 import json
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,6 +19,7 @@ from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from small_models import RandomEnv
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
 from sb3_agpo.checkpoint.environment import capture_environment, restore_environment
@@ -170,6 +172,23 @@ class ViewsWrapper(gym.Wrapper[Any, Any, Any, Any]):
         return obs, float(self.velocities.sum() * self.masses.sum()), *rest
 
 
+class QueueOfTheSimulator(InvertedPendulumEnv):
+    """Memory of the simulator in other containers than lists, and as a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.position = deque([self.data.qpos], maxlen=3), th.from_numpy(self.data.qpos)
+
+
+def test_queues_and_tensors_of_the_simulators_memory() -> None:
+    first, second = QueueOfTheSimulator(), QueueOfTheSimulator()
+    for seed, env in enumerate((first, second)):
+        env.reset(seed=seed)
+    assert restore_environment(second, through_files(capture_environment(first))) == []
+    play(second, [np.ones(1)] * 3)
+    assert np.array_equal(second.places[0], second.data.qpos) and np.array_equal(second.position, second.data.qpos)
+
+
 @pytest.mark.parametrize("make", [ViewsEnv, lambda: ViewsWrapper(gym.make("InvertedPendulum-v5"))], ids=["env", "wrapper"])
 def test_views_of_the_simulator_stay_views(make: Callable[[], Any]) -> None:
     """A copy would for ever be what the simulator was at the checkpoint."""
@@ -316,6 +335,118 @@ def test_memory_and_generators_with_two_names_keep_both() -> None:
     assert_same(play(first, [np.zeros(1)] * 5), play(second, [np.zeros(1)] * 5))
 
 
+class Shared(RandomEnv):
+    """Objects with several names: in containers of every kind, a tensor that is a view, an array that a tensor is made of."""
+
+    def __init__(self) -> None:
+        super().__init__(spaces.Box(-np.inf, np.inf, (6,), np.float64))
+        self.balls = [{"x": 0.0}, {"x": 0.0}]
+        self.queue: list[float] = []
+        self.views = {"queue": self.queue, "balls": (0, self.balls)}
+        self.array = np.zeros((2, 3))
+        self.tensor = th.from_numpy(self.array)
+        self.column = self.tensor[:, 1]
+        self.statistics = RunningMeanStd(shape=(1,))
+        self.same = deque([self.statistics, self.queue])
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(seed=seed)
+        self.target = self.balls[int(self.np_random.integers(2))]
+        self.queue.clear()
+        return obs, info
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        for sign, ball in zip((1, -1), self.balls, strict=True):
+            ball["x"] += sign * float(self.np_random.normal())
+        self.queue.append(self.target["x"])
+        self.array[1] += self.target["x"]
+        self.column += 1.0
+        self.same[0].update(np.array([[self.target["x"]]]))
+        numbers = [self.target["x"], sum(self.views["queue"]), sum(self.same[1]), self.views["balls"][1][0]["x"]]
+        return np.array([*numbers, float(self.tensor.sum()), self.statistics.mean[0]]), 0.0, False, False, {}
+
+
+class Sharing(gym.Wrapper[Any, Any, Any, Any]):
+    """Draws from the environment's generator and reads its array and its list."""
+
+    def reset(self, **kwargs: Any) -> Any:
+        results = self.env.reset(**kwargs)
+        core: Any = self.env.unwrapped
+        self.generator, self.row, self.core_queue = core.np_random, core.array[1], core.queue
+        return results
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = self.env.step(action)
+        return obs + self.generator.normal() + self.row.sum() + sum(self.core_queue), *rest
+
+
+def test_what_is_shared_stays_shared() -> None:
+    """Within an environment, and between it and its wrappers."""
+    first, second = Sharing(Shared()), Sharing(Shared())
+    for seed in range(4):
+        first.reset(seed=1)
+        play(first, [np.zeros(1)] * 3)
+        second.reset(seed=seed)
+        state = through_files(capture_environment(first))
+        assert restore_environment(second, state) == []
+        assert second.unwrapped.tensor.data_ptr() == second.unwrapped.array.ctypes.data  # type: ignore[attr-defined]
+        assert_same(play(first, [np.zeros(1)] * 5), play(second, [np.zeros(1)] * 5))
+
+
+def test_sharing_in_checkpoints_of_before() -> None:
+    """They describe it for each layer."""
+    first, second = Views(), Views()
+    first.reset(seed=1)
+    second.reset(seed=2)
+    play(first, [np.zeros(1)] * 3)
+    state = through_files(capture_environment(first))
+    sharing, layer = state.pop("sharing"), state["layers"][0]
+    layer["sharing"] = {
+        "generators": [[path[2:] for path in paths] for paths in sharing["objects"]],
+        "memory": sharing["memory"],
+    }
+    for memory in sharing["memory"]:
+        for view in memory["views"]:
+            view["path"] = view["path"][2:]
+    del layer["names"]
+    assert restore_environment(second, state) == []
+    assert_same(play(first, [np.zeros(1)] * 5), play(second, [np.zeros(1)] * 5))
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda generator: generator.normal, lambda generator: functools.partial(generator.normal, 1.0)]
+)
+def test_methods_of_generators_are_named(draw: Callable[[Any], Any]) -> None:
+    """The generator that is put back is another object."""
+    for generator in (np.random.default_rng(0), np.random.RandomState(0)):
+        captured = capture_environment(EnvWith("draw", draw(generator)))
+        assert not captured["lost"] and captured["unknown"] == [f"EnvWith.draw is a method of a {type(generator).__name__}"]
+    assert not capture_environment(EnvWith("draw", np.random.normal))["unknown"]  # saved with the model, and put back in place
+
+
+class Forgetful(RandomEnv):
+    """An attribute that is there in the first step of an episode alone."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.first = True
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, *rest = super().step(action)
+        bonus = 5.0 if hasattr(self, "first") else 0.0
+        vars(self).pop("first", None)
+        return obs + bonus, *rest
+
+
+def test_attributes_that_a_reset_makes_do_not_come_back() -> None:
+    first, second = (Forgetful(spaces.Box(-1.0, 1.0, (3,), np.float64)) for _ in range(2))
+    for seed, env in enumerate((first, second)):
+        env.reset(seed=seed)
+    play(first, [np.zeros(1, np.float32)] * 3)
+    restore_environment(second, through_files(capture_environment(first)))
+    assert_same(play(first, [np.zeros(1, np.float32)] * 20), play(second, [np.zeros(1, np.float32)] * 20))
+
+
 TABLE = np.arange(10.0).reshape(5, 2)
 
 
@@ -387,10 +518,43 @@ def test_other_environment_is_refused() -> None:
         restore_environment(env, captured)
 
 
+def test_options_of_all_kinds_are_compared() -> None:
+    """Those of the checkpoint would replace them."""
+    captured = through_files(capture_environment(gym.make("Hopper-v5", healthy_z_range=(1.1, 9.0))))
+    restore_environment(gym.make("Hopper-v5", healthy_z_range=[1.1, 9.0], render_mode="rgb_array"), captured)
+    with pytest.raises(ValueError, match=r"made with healthy_z_range=\(0.7, inf\), that of the checkpoint with \(1.1, 9.0\)"):
+        restore_environment(gym.make("Hopper-v5"), captured)
+    before = {**captured, "made_with": {"max_episode_steps": 1000}}  # checkpoints of before held numbers alone
+    del before["options"]
+    restore_environment(gym.make("Hopper-v5", healthy_z_range=(0.9, 9.0)), before)
+    with pytest.raises(ValueError, match="made with max_episode_steps=5"):
+        restore_environment(gym.make("Hopper-v5", max_episode_steps=5), before)
+
+
 def make_vec_task() -> VecMonitor:
     """Two environments under every wrapper that has a state."""
     envs = DummyVecEnv([lambda: gym.make("Hopper-v5", max_episode_steps=15)] * 2)
     return VecMonitor(VecFrameStack(VecNormalize(envs), 2))
+
+
+@pytest.mark.parametrize("override", [True, False])
+def test_monitors_count_seconds_from_the_head_of_their_file(override: bool, tmp_path: Path) -> None:
+    """A new file begins with when the new Monitor was made, an old one that is added to with when the old one was."""
+
+    def make_monitor(name: str) -> Monitor:
+        return Monitor(gym.make("Pendulum-v1"), str(tmp_path / name), override_existing=override)
+
+    first, second = make_monitor("first"), make_monitor("second")
+    first.reset()
+    first.t_start = 0.0
+    restore_environment(second, through_files(capture_environment(first)))
+    assert (second.t_start > 0.0) == override
+    envs = [VecMonitor(DummyVecEnv([lambda: gym.make("Pendulum-v1")]), str(tmp_path / name)) for name in ("a", "b")]
+    envs[0].t_start = 0.0
+    restore_vec_environment(envs[1], through_files(capture_vec_environment(envs[0])))
+    assert envs[1].t_start > 0.0  # it always begins a new one
+    for env in (first, second, *envs):
+        env.close()
 
 
 def test_vectorized_environment() -> None:

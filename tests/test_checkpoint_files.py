@@ -5,7 +5,7 @@ import json
 import os
 import random
 import zipfile
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -111,6 +111,8 @@ def test_objects_come_back() -> None:
         AGPOPolicy: th.nn.SiLU,
         "x": [th.optim.AdamW, np.float32, np.dtype("int8")],
     }
+    ordered = through_json({"x": OrderedDict(b=1, a=OrderedDict({2: 3}))})["x"]
+    assert type(ordered) is type(ordered["a"]) is OrderedDict and list(ordered) == ["b", "a"] and ordered["a"] == {2: 3}
     values = deque([1, 2], maxlen=3)
     assert through_json(values) == values and through_json(values).maxlen == 3
 
@@ -220,6 +222,14 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert number_in(tmp_path / "sub" / "dir") == 11
     assert number_in(tmp_path / "sub" / "dir" / names[0]) == 9
     assert complete_checkpoints(tmp_path / "nothing") == []
+
+
+def test_more_checkpoints_than_six_digits_count(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, content(1), 10, keep=1).rename(tmp_path / "999999-step-10")
+    for number in (2, 3):
+        write_checkpoint(tmp_path, content(number), 10 * number, keep=2)
+        assert number_in(tmp_path) == number
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["1000000-step-20", "1000001-step-30"]
 
 
 def test_reading_beside_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

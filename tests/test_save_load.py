@@ -75,6 +75,12 @@ def test_save_and_load(env_id: str, kwargs: dict[str, Any], tmp_path: Path) -> N
     assert loaded._n_updates > before
 
 
+def test_load_with_another_fixed_temperature(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", ent_coef=0.1).save(tmp_path / "model")
+    assert AGPO.load(tmp_path / "model", ent_coef=0.5)._current_ent_coef() == 0.5
+    assert AGPO.load(tmp_path / "model")._current_ent_coef() == pytest.approx(0.1)
+
+
 def test_load_without_environment(tmp_path: Path) -> None:
     model = small_model("InvertedPendulum-v5").learn(60)
     model.save(tmp_path / "model")

@@ -281,6 +281,16 @@ class TestSeedsAndResets:
         # Lengths and returns of the episodes tell that the counters started anew
         assert assert_same_run(dummy, threaded, draw_actions(dummy, 10, seed=1)) == 3
 
+    def test_first_reset_of_each(self) -> None:
+        pair = make_pair("Hopper-v5", n_envs=2)
+        for env in pair:
+            env.env_method("reset", seed=3, indices=0)
+        with pytest.raises(RuntimeError, match="call `reset`"):
+            pair[1].step(np.zeros((2, 3)))
+        for env in pair:
+            env.env_method("reset", seed=4, indices=1)
+        assert_same_run(*pair, draw_actions(pair[0], 5))
+
     def test_options_reach_the_environments_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[Any] = []
         original = HopperEnv.reset
@@ -352,6 +362,36 @@ class TestSimulatorsChangedByHand:
             mujoco.mj_copyData(single.unwrapped.data, other.unwrapped.model, other.unwrapped.data)  # type: ignore[attr-defined]
         assert_same_run(dummy, threaded, rows[3:])
 
+    @pytest.mark.parametrize("full_info", [False, True])
+    def test_a_model_put_in_place_of_another(self, full_info: bool) -> None:
+        pair = make_pair("HalfCheetah-v5", full_info=full_info)
+        rows = draw_actions(pair[0], 5)
+        for env in pair:
+            env.reset()
+        for gravity in (-9.0, -2.0):
+            model = mujoco.MjModel.from_xml_path(pair[0].envs[0].unwrapped.fullpath)  # type: ignore[attr-defined]
+            model.opt.gravity[2] = gravity
+            for env in pair:
+                for single in env.envs:
+                    core: Any = single.unwrapped
+                    core.model, core.data = model, mujoco.MjData(model)
+            np.testing.assert_array_equal(pair[0].reset(), pair[1].reset())
+            assert_same_run(*pair, rows, full_info)
+        pair[1].envs[1].unwrapped.model = copy.copy(model)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match=r"environment 1 has another MjModel than environment 0, .* the same new one"):
+            pair[1].step(rows[0])
+
+    def test_data_put_in_place_of_others(self) -> None:
+        pair = make_pair("Hopper-v5")
+        cores = []
+        for env in pair:
+            env.reset()
+            cores.append(env.get_attr("unwrapped")[1])
+        assert_same_run(*pair, draw_actions(pair[0], 2))
+        for core in cores:
+            core.data = mujoco.MjData(core.model)
+        assert_same_run(*pair, draw_actions(pair[0], 5))
+
     def test_the_model_is_shared(self) -> None:
         dummy, threaded = make_pair("HalfCheetah-v5")
         models = threaded.get_attr("model")
@@ -401,6 +441,22 @@ class TestOptionsChangedLater:
         restored.set_checkpoint_state(pair[1].get_checkpoint_state())
         for row in draw_actions(pair[0], 10):
             assert_same_step(pair[0].step(row), restored.step(row))
+
+    @pytest.mark.parametrize("full_info", [False, True])
+    def test_time_limits(self, full_info: bool) -> None:
+        pair = make_pair("Reacher-v5", full_info=full_info)
+        for env in pair:
+            env.reset()
+            env.env_method("set_wrapper_attr", "_max_episode_steps", 5)
+            env.env_method("set_wrapper_attr", "_max_episode_steps", 7, indices=1)  # each may have its own
+        assert assert_same_run(*pair, draw_actions(pair[0], 15), full_info) == 8
+
+    def test_time_limit_of_a_checkpoint(self) -> None:
+        saved, restored = (MujocoVecEnv([lambda limit=limit: TimeLimit(HopperEnv(), limit)]) for limit in (3, 9))
+        for env in (saved, restored):
+            env.reset()
+        restored.set_checkpoint_state(saved.get_checkpoint_state())
+        assert [bool(restored.step(np.zeros((1, 3)))[2][0]) for _ in range(6)] == [False, False, True] * 2
 
     def test_copies_have_the_original_options(self) -> None:
         dummy, threaded = make_pair("Hopper-v5")

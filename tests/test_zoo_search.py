@@ -1,16 +1,21 @@
 """RL Baselines3 Zoo: the search for AGPO's hyperparameters."""
 
 import inspect
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
+import yaml
 from zoo_runs import ENVIRONMENT, QUICK, SMALL, zoo
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
 from sb3_agpo.agpo.gates import DisagreementGate, InverseVarianceGate, MagnitudeGate, VarianceSwitch
+from sb3_agpo.zoo.manager import AGPOExperimentManager
+from sb3_agpo.zoo.registration import register
 from sb3_agpo.zoo.search import convert_agpo_params, sample_agpo_params
 
 
@@ -95,3 +100,19 @@ def test_search_with_hindsight() -> None:
     assert set(sampled) == {"copy_info_dict", "n_sampled_goal", "goal_selection_strategy"}
     restored = convert_agpo_params(trial.params)["replay_buffer_kwargs"]
     assert restored == {name: sampled[name] for name in ("n_sampled_goal", "goal_selection_strategy")}
+
+
+@pytest.mark.parametrize("own", [{"copy_info_dict": True}, "dict(copy_info_dict=True)"])
+def test_a_trial_with_hindsight_keeps_the_files_arguments(own: Any, tmp_path: Path, quiet_optuna: None) -> None:
+    """The search drew two of the replay buffer's arguments, and left the others as they were."""
+    register()
+    journal = str(tmp_path / "study.log")
+    backend = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(journal))
+    trial = optuna.create_study(storage=backend, study_name="agpo").ask()
+    sampled = sample_agpo_params(trial, 1, 1, {"using_her_replay_buffer": True, "her_kwargs": {"copy_info_dict": True}})
+    (tmp_path / "own.yml").write_text(yaml.dump({"Pendulum-v1": {"n_timesteps": 100, "replay_buffer_kwargs": own}}))
+    named = {"config": str(tmp_path / "own.yml"), "storage": journal, "study_name": "agpo", "trial_id": 0}
+    manager = AGPOExperimentManager(Namespace(), "agpo", "Pendulum-v1", str(tmp_path), **named)  # type: ignore[arg-type]
+    hyperparams, _ = manager.read_hyperparameters()
+    assert hyperparams["replay_buffer_kwargs"] == sampled["replay_buffer_kwargs"]
+    assert hyperparams["tau"] == sampled["tau"] and hyperparams["n_timesteps"] == 100

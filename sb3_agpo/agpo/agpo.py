@@ -27,7 +27,7 @@ from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name
 
 from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
 from sb3_agpo.agpo.arguments import check_arguments, check_names
-from sb3_agpo.agpo.checkpoint import MADE_ANEW, resume, save_checkpoint
+from sb3_agpo.agpo.checkpoint import MADE_ANEW, TorchGenerators, resume, save_checkpoint
 from sb3_agpo.agpo.collection import AUTOMATIC_BUFFERS, DifferentiableOffPolicyAlgorithm
 from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
 from sb3_agpo.agpo.gradient_correction import correction_samples, make_gradient_correction
@@ -582,10 +582,13 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         check_arguments(kwargs)
         if "replay_buffer_class" in kwargs:
             kwargs["_automatic_buffer"] = kwargs["replay_buffer_class"] is None
-        return super().load(path, *args, **kwargs)
+        model = super().load(path, *args, **kwargs)
+        if "ent_coef" in kwargs and model.ent_coef_optimizer is None:
+            model.ent_coef_tensor.fill_(float(model.ent_coef))  # SB3 has put back the file's
+        return model
 
     def save_checkpoint(
-        self, directory: str | pathlib.Path, keep: int = 1, torch_generator: th.Tensor | None = None
+        self, directory: str | pathlib.Path, keep: int = 1, torch_generator: TorchGenerators | th.Tensor | None = None
     ) -> pathlib.Path:
         """
         Add a checkpoint to a directory, from which :meth:`resume` goes on bit for bit; see :mod:`sb3_agpo.agpo.checkpoint`.
@@ -595,7 +598,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
         :param directory: directory of checkpoints, made if it does not exist; the newest in it is always complete
         :param keep: checkpoints to keep, the new one included
-        :param torch_generator: state of torch's generator to go on with; None for that of now
+        :param torch_generator: state of torch's generators to go on with, or of that of the CPU alone; None for those of now
         :return: the new checkpoint
         :raises OSError: if it cannot be written; checkpoints that were there stay as they were
         """
@@ -610,7 +613,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
         :param directory: directory of checkpoints, or one of them
         :param env: environment made as that of the checkpoint was; it is put back to where it was
-        :param kwargs: constructor arguments to change, and those that could not be saved, such as functions
+        :param kwargs: constructor arguments to change, and those that could not be saved, such as functions. Another ``seed``
+            is that of what comes; an episode that has begun goes on as it would have
         :return: the model
         :raises ValueError: if there is no whole checkpoint that fits, naming what to do
         """

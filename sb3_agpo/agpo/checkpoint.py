@@ -11,8 +11,9 @@ import inspect
 import random
 import re
 import warnings
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -26,7 +27,7 @@ from sb3_agpo.__about__ import __version__
 from sb3_agpo.agpo.faults import explained_faults
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.checkpoint.directory import read_newest, write_checkpoint
-from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, set_space_generators, space_generators
+from sb3_agpo.checkpoint.plain_data import decode, encode, is_plain, same_data, set_space_generators, space_generators
 from sb3_agpo.checkpoint.vec_environment import capture_vec_environment, restore_vec_environment
 
 if TYPE_CHECKING:
@@ -84,9 +85,41 @@ NOT_ATTRIBUTES = (
 NOT_EXPERIENCE = ("device", "env", "observation_space", "action_space")
 #: constructor arguments that buffers keep too, and that may be changed on the way
 ARGUMENTS_OF_BUFFERS = ("n_steps", "gamma", "horizon", "rollout_size")
+#: what else a replay buffer makes of an argument
+MADE_OF_ARGUMENTS = {"n_sampled_goal": ("her_ratio",)}
+#: arguments that cannot be changed on the way, and what the checkpoint holds instead
+NOT_TO_CHANGE = {
+    "optimize_memory_usage": "transitions that are stored in another way",
+    "replay_buffer_kwargs.copy_info_dict": "transitions without their infos",
+    "policy_kwargs.optimizer_class": "the optimisers' state, settings included",
+    "policy_kwargs.optimizer_kwargs": "the optimisers' state, settings included",
+}
 
 
-def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_generator: th.Tensor | None = None) -> Path:
+class TorchGenerators(NamedTuple):
+    """States of torch's generators."""
+
+    cpu: th.Tensor
+    gpus: list[th.Tensor]  # empty if the model is on none
+
+
+def torch_generators(device: th.device) -> TorchGenerators:
+    """
+    Read the generators that a model draws from.
+
+    :param device: the model's device
+    :return: their states
+    """
+    return TorchGenerators(th.get_rng_state(), th.cuda.get_rng_state_all() if _is_gpu(device) else [])
+
+
+def _is_gpu(device: th.device) -> bool:
+    return device.type == "cuda"
+
+
+def save_checkpoint(
+    model: AGPO, directory: str | Path, keep: int = 1, torch_generator: TorchGenerators | th.Tensor | None = None
+) -> Path:
     """
     Add a checkpoint to a directory; the last one stays until the new one is complete.
 
@@ -96,7 +129,7 @@ def save_checkpoint(model: AGPO, directory: str | Path, keep: int = 1, torch_gen
     :param model: the model
     :param directory: directory of checkpoints, made if it does not exist
     :param keep: checkpoints to keep, the new one included
-    :param torch_generator: state of torch's generator to go on with; None for that of now
+    :param torch_generator: state of torch's generators to go on with, or of that of the CPU alone; None for those of now
     :return: the new checkpoint
     :raises ValueError: if ``keep`` is not positive, or the model has no environment
     :raises OSError: if it cannot be written; checkpoints that were there stay as they were
@@ -141,10 +174,41 @@ def resume(cls: type[AGPOType], directory: str | Path, env: GymEnv | str, **kwar
         raise ValueError(
             f"the checkpoint {checkpoint} could not hold {missing}; give them again: resume(directory, env, {names})"
         )
+    changed = check_changes(arguments, kwargs)
     model = make_model(cls, env, arguments, kwargs)
     check_same_task(model, state["task"])
-    restore_model(model, state)
+    restore_model(model, state, changed)
     return model
+
+
+def check_changes(saved: State, given: State) -> set[str]:
+    """
+    Find the arguments that are changed, and refuse those that the checkpoint would silently replace.
+
+    :param saved: constructor arguments of the checkpoint's model
+    :param given: those given anew
+    :return: names of what is changed; of what dictionaries hold in the form "replay_buffer_kwargs.n_sampled_goal"
+    :raises ValueError: naming one that cannot be changed
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in given.keys() & saved.keys():
+        here, there = given[name], saved[name]
+        if name in ("policy_kwargs", "replay_buffer_kwargs"):
+            here, there = here or {}, there or {}
+            changed |= {f"{name}.{key}": (here.get(key), there.get(key)) for key in {*here, *there}}
+        else:
+            changed[name] = here, there
+    changed = {name: values for name, values in changed.items() if not same_data(*values)}
+    for name, (here, there) in sorted(changed.items()):
+        reason = NOT_TO_CHANGE.get(name)
+        if name == "ent_coef" and isinstance(here, str) and isinstance(there, str):
+            reason = "the temperature as it has been learned"
+        if reason is not None:
+            raise ValueError(
+                f"`{name}` is {here!r}, that of the checkpoint was {there!r}; do not change it, as the checkpoint holds "
+                f"{reason}"
+            )
+    return set(changed)
 
 
 def make_model(cls: type[AGPOType], env: GymEnv | str, saved: State, given: State) -> AGPOType:
@@ -174,12 +238,12 @@ def make_model(cls: type[AGPOType], env: GymEnv | str, saved: State, given: Stat
 # ---------------------------------------------------------------------- saving
 
 
-def capture_model(model: AGPO, torch_generator: th.Tensor | None = None) -> State:
+def capture_model(model: AGPO, torch_generator: TorchGenerators | th.Tensor | None = None) -> State:
     """
     Everything that the rest of a run depends on.
 
     :param model: the model
-    :param torch_generator: state of torch's generator, None for that of now
+    :param torch_generator: state of torch's generators, or of that of the CPU alone; None for those of now
     :return: the state, made of what plain data can hold
     """
     assert model.env is not None and model.replay_buffer is not None
@@ -271,9 +335,8 @@ def capture_replay_buffer(buffer: ReplayBuffer) -> tuple[State, list[str]]:
     :param buffer: the buffer
     :return: its attributes, and the names of those that plain data cannot hold
     """
-    # One more than written: with `optimize_memory_usage` the next observation is where the next transition will be
-    used = buffer.buffer_size if buffer.full else min(buffer.pos + 1, buffer.buffer_size)
     memory = (buffer.buffer_size, buffer.n_envs)
+    used = _rows_in_use(buffer.buffer_size, buffer.full, buffer.pos)
 
     def in_use(value: Any) -> Any:
         if isinstance(value, dict):
@@ -289,25 +352,35 @@ def capture_replay_buffer(buffer: ReplayBuffer) -> tuple[State, list[str]]:
     return {name: value for name, value in state.items() if name not in lost}, lost
 
 
+def _rows_in_use(size: int, full: bool, pos: int) -> int:
+    """One more than written: with `optimize_memory_usage` the next observation is where the next transition will be."""
+    return size if full else min(pos + 1, size)
+
+
 def _without_device(buffer: Any) -> State:
     state: State = dict(buffer.__getstate__())
     state.pop("device", None)
     return state
 
 
-def capture_generators(model: AGPO, torch_generator: th.Tensor | None) -> State:
+def capture_generators(model: AGPO, torch_generator: TorchGenerators | th.Tensor | None) -> State:
     """
     All sources of random numbers except those of the environments.
 
     :param model: the model
-    :param torch_generator: state of torch's generator, None for that of now
+    :param torch_generator: state of torch's generators, or of that of the CPU alone; None for those of now
     :return: their states
     """
+    generators = torch_generators(model.device)
+    if isinstance(torch_generator, TorchGenerators):
+        generators = torch_generator
+    elif torch_generator is not None:
+        generators = generators._replace(cpu=torch_generator)
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state() if torch_generator is None else torch_generator,
-        "cuda": th.cuda.get_rng_state_all() if model.device.type == "cuda" else [],
+        "torch": generators.cpu,
+        "cuda": generators.gpus,
         "action_space": space_generators(model.action_space),
     }
 
@@ -345,17 +418,23 @@ def check_same_task(model: AGPO, task: State) -> None:
             )
 
 
-def restore_model(model: AGPO, state: State) -> None:
+def restore_model(model: AGPO, state: State, changed: set[str]) -> None:
     """
     Put a new model where another one was.
 
     :param model: made with the same arguments
     :param state: as :func:`capture_model` returned it
+    :param changed: names of arguments that are not the same, as :func:`check_changes` returned them
     """
     assert model.env is not None and model.replay_buffer is not None
-    restore_networks(model, state)
-    restore_replay_buffer(model.replay_buffer, state["replay_buffer"])
+    restore_networks(model, state, changed)
+    prefix = "replay_buffer_kwargs."
+    options = {name.removeprefix(prefix) for name in changed if name.startswith(prefix)}
+    restore_replay_buffer(model.replay_buffer, state["replay_buffer"], options)
     vars(model).update(state["attributes"])
+    for name in ("ep_info_buffer", "ep_success_buffer"):
+        if getattr(model, name) is not None:
+            setattr(model, name, deque(getattr(model, name), maxlen=model._stats_window_size))
     restore_derivatives(model, state)
     notes = restore_vec_environment(model.env, state["environment"])
     if model.dynamics is not None:
@@ -367,15 +446,19 @@ def restore_model(model: AGPO, state: State) -> None:
     notes += [f"{name} could not be saved" for name in state["left_out"]]
     if notes:
         warnings.warn(f"The resumed run will not go on bit for bit: {'; '.join(notes)}", stacklevel=4)
-    restore_generators(model, state["generators"])
+    if "seed" in changed:
+        model.set_random_seed(model.seed)
+    else:
+        restore_generators(model, state["generators"])
 
 
-def restore_networks(model: AGPO, state: State) -> None:
+def restore_networks(model: AGPO, state: State, changed: set[str]) -> None:
     """
     Put networks, optimisers and temperature back.
 
     :param model: the model
     :param state: as :func:`capture_model` returned it
+    :param changed: names of arguments that are not the same
     :raises ValueError: if the networks have other sizes
     """
     try:
@@ -386,17 +469,20 @@ def restore_networks(model: AGPO, state: State) -> None:
             f"temperature to a fixed one or back ({error})"
         ) from error
     for name, value in state["variables"].items():
+        if name == "ent_coef_tensor" and "ent_coef" in changed:
+            continue
         # The tensor itself stays, as the optimiser holds it
         recursive_setattr(model, f"{name}.data", value.to(model.device))
 
 
-def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
+def restore_replay_buffer(buffer: ReplayBuffer, state: State, changed: set[str]) -> None:
     """
     Put the experience back.
 
     :param buffer: an empty replay buffer of the same sizes
     :param state: as :func:`capture_replay_buffer` returned it
-    :raises ValueError: if the sizes differ
+    :param changed: names of the buffer's own arguments that are not the same
+    :raises ValueError: if the sizes differ, or it cannot be told what the buffer has made of an argument
     """
     size = state["buffer_size"]
     if size != buffer.buffer_size:
@@ -404,28 +490,29 @@ def restore_replay_buffer(buffer: ReplayBuffer, state: State) -> None:
             f"the replay buffer has room for {buffer.buffer_size} steps, that of the checkpoint had for {size}; "
             "do not change `buffer_size`"
         )
-    for name, value in state.items():
-        if name in ARGUMENTS_OF_BUFFERS:
-            continue
-        current = getattr(buffer, name, None)
+    hidden = sorted(name for name in changed if not hasattr(buffer, name))
+    if hidden:
+        raise ValueError(
+            f"`replay_buffer_kwargs` differ from the checkpoint's in {hidden}, which {type(buffer).__name__} keeps under "
+            "other names; do not change them"
+        )
+    as_made = {*ARGUMENTS_OF_BUFFERS, *changed, *(name for key in changed for name in MADE_OF_ARGUMENTS.get(key, ()))}
+    used = _rows_in_use(size, state["full"], state["pos"])
+    memory = (size, buffer.n_envs)
+
+    def put_back(current: Any, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(current, dict):
-            for key, item in value.items():
-                current[key] = _filled(current.get(key), item)
-        else:
-            setattr(buffer, name, _filled(current, value))
+            return type(value)((key, put_back(current.get(key), item)) for key, item in value.items())
+        arrays = isinstance(value, np.ndarray) and isinstance(current, np.ndarray)
+        if arrays and current.shape == memory + value.shape[2:] and value.shape[:2] == (used, buffer.n_envs):
+            current[:used] = value  # the rest was not in use
+            return current
+        return value
 
-
-def _filled(memory: Any, value: Any) -> Any:
-    """``memory`` with ``value`` at its beginning, or ``value`` itself where it is no part of an array."""
-    if (
-        isinstance(value, np.ndarray)
-        and isinstance(memory, np.ndarray)
-        and memory.shape[1:] == value.shape[1:]
-        and memory.ndim
-    ):
-        memory[: len(value)] = value
-        return memory
-    return value
+    for name, value in state.items():
+        if name in as_made:
+            continue
+        setattr(buffer, name, put_back(getattr(buffer, name, None), value))
 
 
 def restore_derivatives(model: AGPO, state: State) -> None:
@@ -473,6 +560,6 @@ def restore_generators(model: AGPO, state: State) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     th.set_rng_state(state["torch"])
-    if state["cuda"] and model.device.type == "cuda":
+    if state["cuda"] and _is_gpu(model.device):
         th.cuda.set_rng_state_all(state["cuda"])
     set_space_generators(model.action_space, state["action_space"])

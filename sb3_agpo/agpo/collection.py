@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.arguments import check_learn_arguments
-from sb3_agpo.agpo.checkpoint import begin_new_episodes
+from sb3_agpo.agpo.checkpoint import TorchGenerators, begin_new_episodes, torch_generators
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
@@ -82,7 +82,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
         self._noise_processes: np.ndarray | None = None
-        self._state_before_rollout: th.Tensor | None = None
+        self._state_before_rollout: TorchGenerators | None = None
 
     # ------------------------------------------------------------------ buffers and the source of derivatives
 
@@ -194,7 +194,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """See :meth:`stable_baselines3.common.off_policy_algorithm.OffPolicyAlgorithm.collect_rollouts`."""
         # gSDE draws a matrix before callbacks are asked: a checkpoint saved by one of them is to draw the same again
-        self._state_before_rollout = th.get_rng_state() if self.use_sde else None
+        self._state_before_rollout = torch_generators(self.device) if self.use_sde else None
         self._is_mid_rollout = False
         try:
             rollout = super().collect_rollouts(env, callback, *args, **kwargs)

@@ -28,7 +28,7 @@ VERSION = 1
 STRUCTURE, ARRAYS, MANIFEST = "state.json", "arrays.npz", "manifest.json"
 #: prefix of directories that are being written or removed
 TEMPORARY = ".unfinished-"
-_NAME = re.compile(r"(\d{6})-step-(\d+)")
+_NAME = re.compile(r"(\d{6,})-step-(\d+)")
 _CHUNK = 2**20
 
 
@@ -41,7 +41,12 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=lambda path: path.name)
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    """How many checkpoints have been written up to this one."""
+    return int(checkpoint.name.partition("-")[0])
 
 
 def write_checkpoint(directory: Path, data: PlainData, step: int, keep: int) -> Path:
@@ -57,7 +62,7 @@ def write_checkpoint(directory: Path, data: PlainData, step: int, keep: int) -> 
     """
     directory.mkdir(parents=True, exist_ok=True)
     existing = complete_checkpoints(directory)
-    number = 1 + max((int(path.name[:6]) for path in existing), default=0)
+    number = 1 + max(map(_number, existing), default=0)
     final = directory / f"{number:06d}-step-{step}"
     temporary = directory / f"{TEMPORARY}{final.name}"
     try:

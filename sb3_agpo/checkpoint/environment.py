@@ -9,25 +9,28 @@ behind. An environment with any other attribute that could hold state (a Box2D w
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-import operator
+import random
 import types
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch as th
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
 from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
-from stable_baselines3.common.monitor import ResultsWriter
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
+from stable_baselines3.common.vec_env import VecMonitor
 
-from sb3_agpo.checkpoint.plain_data import is_plain, set_space_generators, space_generators
+from sb3_agpo.checkpoint.plain_data import is_plain, same_data, set_space_generators, space_generators
+from sb3_agpo.checkpoint.sharing import bounds, contents, describe_sharing, restore_sharing
 from sb3_agpo.dynamics.recorder import RecorderWrapper
 from sb3_agpo.dynamics.wrappers import is_time_limit
 
@@ -36,12 +39,16 @@ State = dict[str, Any]
 #: attributes that are no state of their own
 STRUCTURAL = ("env", "mujoco_renderer", "render_mode", "_ezpickle_args", "_ezpickle_kwargs", "_saved_kwargs")
 #: arguments of an environment that only make pictures
-OF_PICTURES = ("width", "height", "camera_id", "max_geom")
+OF_PICTURES = ("render_mode", "width", "height", "camera_id", "camera_name", "max_geom", "default_camera_config")
+#: an argument that names a file; the model in it is compared itself
+OF_FILES = ("xml_file",)
 #: types that hold no state of an episode
 INERT: tuple[type, ...] = (
     *(types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type, np.ufunc, functools.partial),
     *(EnvSpec, ResultsWriter),
 )
+#: generators that are put back in their place
+GLOBAL_GENERATORS = (random.random.__self__, np.random.random.__self__)  # type: ignore[attr-defined]
 #: packages and modules whose objects only make pictures
 PICTURES = (
     *("pygame", "glfw", "cv2", "PIL", "matplotlib", "gymnasium.envs.mujoco.mujoco_rendering"),
@@ -72,46 +79,61 @@ def capture_environment(env: gym.Env[Any, Any]) -> State:
     :param env: environment, wrapped or not
     :return: its state; ``unknown`` names what could hold state and is no plain data
     """
-    captured, unknown = zip(*(capture_layer(layer) for layer in layers(env)), strict=True)
+    captured, unknown, detached = zip(*(capture_layer(layer) for layer in layers(env)), strict=True)
     unwrapped = env.unwrapped
     return {
         "layers": list(captured),
+        "sharing": describe_sharing(list(captured)),
         "simulator": capture_simulator(unwrapped) if isinstance(unwrapped, MujocoEnv) else None,
-        "unknown": [name for names in unknown for name in names],
+        "unknown": [name for names in (*unknown, *detached) for name in names],
         "lost": bool(unknown[-1]),
-        "made_with": given_numbers(env),
+        "options": given_options(env),
     }
 
 
-def given_numbers(env: gym.Env[Any, Any]) -> dict[str, float]:
+def given_options(env: gym.Env[Any, Any]) -> dict[str, Any]:
     """
-    The numbers that ``gymnasium.make`` was given for an environment.
+    The numbers and texts that ``gymnasium.make`` was given for an environment, alone or in lists, tuples and dictionaries.
 
     :param env: environment, wrapped or not
-    :return: name -> number; empty for one made in another way
+    :return: name -> value, without what may differ from one machine to another; empty for one made in another way
     """
     if env.spec is None:
         return {}
     given = {"max_episode_steps": env.spec.max_episode_steps, **env.spec.kwargs}
-    return {name: value for name, value in given.items() if isinstance(value, (int, float)) and name not in OF_PICTURES}
+    return {name: value for name, value in given.items() if name not in (*OF_PICTURES, *OF_FILES) and _is_option(value)}
 
 
-def check_given_numbers(env: gym.Env[Any, Any], expected: dict[str, float]) -> None:
+def _is_option(value: Any) -> bool:
+    """Whether a value is made of numbers and of texts that are no paths, which belong to a machine."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_option, contents(value).values()))
+    if isinstance(value, str):
+        return "/" not in value and "\\" not in value
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return value is None or isinstance(value, bool | int | float | np.generic)
+
+
+def check_given_options(env: gym.Env[Any, Any], state: State) -> None:
     """
-    Refuse an environment that was made with other numbers, which those of the checkpoint would silently replace.
+    Refuse an environment that was made with other options, which those of the checkpoint would silently replace.
 
     :param env: environment
-    :param expected: as :func:`given_numbers` returned it for the checkpoint's
+    :param state: the checkpoint's, as :func:`capture_environment` returned it
     :raises ValueError: naming what differs
     """
-    own = given_numbers(env)
+    own, expected = given_options(env), state.get("options")
+    if expected is None:  # checkpoints of before held numbers alone
+        expected = state.get("made_with", {})
+        own = {name: value for name, value in own.items() if isinstance(value, int | float)}
     if not own or not expected:  # one of them was made in another way, which tells nothing
         return
     parameters = inspect.signature(type(env.unwrapped).__init__).parameters
     for name in [*own, *(name for name in expected if name not in own)]:
         default = parameters[name].default if name in parameters else None
         here, there = own.get(name, default), expected.get(name, default)
-        if here != there:
+        if not same_data(here, there):
             raise ValueError(
                 f"the environment was made with {name}={here!r}, that of the checkpoint with {there!r}; make it in the "
                 "same way, or use `load` to train in another one"
@@ -128,24 +150,25 @@ def layer_name(layer: gym.Env[Any, Any]) -> str:
     return "TimeLimit" if is_time_limit(layer) else type(layer).__name__
 
 
-def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
+def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str], list[str]]:
     """
     Read the state of a wrapper or an environment, what it wraps left out.
 
     :param layer: the layer
-    :return: its state, and what could be state and is no plain data
+    :return: its state; what could be state and is no plain data; functions that would not draw from the generators put back
     """
     name = layer_name(layer)
     if callable(getattr(type(layer), "get_checkpoint_state", None)):
-        return {"class": name, "own": layer.get_checkpoint_state()}, []  # type: ignore[attr-defined]
+        return {"class": name, "own": layer.get_checkpoint_state()}, [], []  # type: ignore[attr-defined]
     attributes: State = {}
     generators: State = {}
     unknown: list[str] = []
+    detached: list[str] = []
     simulator = layer.unwrapped if isinstance(layer.unwrapped, MujocoEnv) else None
     for key, value in vars(layer).items():
         if key in STRUCTURAL:
             continue
-        parts = [] if simulator is None else [_is_part(leaf, simulator) for _, leaf in _leaves(value)]
+        parts = [] if simulator is None else [_is_part(leaf, simulator) for leaf in _leaves(value)]
         if parts and all(parts):
             continue
         if any(parts):
@@ -154,11 +177,16 @@ def capture_layer(layer: gym.Env[Any, Any]) -> tuple[State, list[str]]:
             generators[key] = space_generators(value)
         elif is_plain(value):
             attributes[key] = value
+        elif (generator := hidden_generator(value)) is not None:
+            detached.append(f"{name}.{key} is a method of a {type(generator).__name__}")
         elif not is_inert(value):
             unknown.append(f"{name}.{key} is a {type(value).__name__}")
-    known = isinstance(layer, gym.Wrapper) and type(layer).__module__.split(".")[0] in KNOWN_PACKAGES
-    state = {"class": name, "attributes": attributes, "spaces": generators, "sharing": describe_sharing(attributes)}
-    return state, [] if known else unknown
+    state = {"class": name, "attributes": attributes, "spaces": generators, "names": list(vars(layer))}
+    return state, [] if isinstance(layer, gym.Wrapper) and _is_of_known_package(layer) else unknown, detached
+
+
+def _is_of_known_package(layer: gym.Env[Any, Any]) -> bool:
+    return type(layer).__module__.split(".")[0] in KNOWN_PACKAGES
 
 
 def is_inert(value: Any) -> bool:
@@ -172,100 +200,36 @@ def is_inert(value: Any) -> bool:
     return isinstance(value, INERT) or any(module.startswith(f"{name}.") for name in PICTURES)
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """What a container holds, containers within it opened as well, and the keys that lead there."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    else:
-        yield path, value
-
-
-def describe_sharing(attributes: State) -> State:
+def hidden_generator(value: Any) -> Any:
     """
-    Describe arrays that are views of the same memory, and random generators that have several names.
+    The generator that a function draws from, if it is a method of one.
 
-    :param attributes: name -> value
-    :return: ``memory``: for each memory with several views its size in bytes and where each view lies in it;
-        ``generators``: for each generator with several names the keys that lead to it
+    :param value: value of an attribute
+    :return: the generator; None if it is anything else, or the method of a global generator, which keeps its place
     """
-    leaves = list(_leaves(attributes))
-    views = [(path, leaf) for path, leaf in leaves if isinstance(leaf, np.ndarray) and leaf.size]
-    views.sort(key=lambda view: byte_bounds(view[1])[0])
-    groups: list[list[tuple[tuple[Any, ...], NDArray[Any]]]] = []
-    end = -1
-    for path, view in views:
-        low, high = byte_bounds(view)
-        if low < end:
-            groups[-1].append((path, view))
-        else:
-            groups.append([(path, view)])
-        end = max(end, high)
-    generators: dict[int, list[list[Any]]] = defaultdict(list)
-    for path, leaf in leaves:
-        if isinstance(leaf, np.random.Generator):
-            generators[id(leaf)].append(list(path))
-    return {
-        "memory": [_layout(group) for group in groups if len(group) > 1],
-        "generators": [paths for paths in generators.values() if len(paths) > 1],
-    }
+    while isinstance(value, functools.partial):
+        value = value.func
+    owner = getattr(value, "__self__", None)
+    own = isinstance(owner, np.random.Generator | np.random.RandomState | random.Random)
+    return owner if own and not any(owner is generator for generator in GLOBAL_GENERATORS) else None
 
 
-def _layout(group: list[tuple[tuple[Any, ...], NDArray[Any]]]) -> State:
-    """Where views lie in the memory that they share."""
-    bounds = [byte_bounds(view) for _, view in group]
-    start = min(low for low, _ in bounds)
-    views = [
-        {"path": list(path), "offset": view.__array_interface__["data"][0] - start, "strides": list(view.strides)}
-        for path, view in group
-    ]
-    return {"size": max(high for _, high in bounds) - start, "views": views}
-
-
-def restore_sharing(attributes: State, sharing: State) -> State:
-    """
-    Make views and generators with several names of those that :func:`describe_sharing` found, on memory of their own.
-
-    :param attributes: name -> value, each a copy of its own
-    :param sharing: the description
-    :return: the attributes with the shared ones in their place
-    """
-    for memory in sharing["memory"]:
-        buffer = np.zeros(memory["size"], dtype=np.uint8)
-        for view in memory["views"]:
-            copy = _at(attributes, view["path"])
-            shared: NDArray[Any] = np.ndarray(copy.shape, copy.dtype, buffer, view["offset"], view["strides"])
-            shared[...] = copy
-            attributes = _replaced(attributes, view["path"], shared)
-    for paths in sharing["generators"]:
-        generator = _at(attributes, paths[0])
-        for path in paths[1:]:
-            attributes = _replaced(attributes, path, generator)
-    return attributes
-
-
-def _at(container: Any, path: list[Any]) -> Any:
-    """What a path of keys leads to."""
-    return functools.reduce(operator.getitem, path, container)
-
-
-def _replaced(container: Any, path: list[Any], value: Any) -> Any:
-    """A container with another value at the end of a path of keys."""
-    if not path:
-        return value
-    key, *rest = path
-    if isinstance(container, dict):
-        return {**container, key: _replaced(container[key], rest, value)}
-    items = [_replaced(item, rest, value) if index == key else item for index, item in enumerate(container)]
-    return items if isinstance(container, list) else tuple(items)
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a container holds, containers within it opened as well."""
+    items = contents(value)
+    if not items:
+        yield value
+    for item in items.values():
+        yield from _leaves(item)
 
 
 def _is_part(value: Any, simulator: MujocoEnv) -> bool:
     """Whether an object is the simulator or memory of it, so that a copy of its own must not take its place."""
     parts = (simulator.model, simulator.data)
+    if isinstance(value, th.Tensor) and is_plain(value):
+        low, high = bounds(value)
+        ranges = [byte_bounds(array) for part in parts for _, array in _arrays(part)]
+        return any(low < end and start < high for start, end in ranges)
     if not isinstance(value, np.ndarray):
         return any(value is part for part in parts)
     return not value.flags.owndata and any(np.may_share_memory(value, array) for part in parts for _, array in _arrays(part))
@@ -287,8 +251,11 @@ def restore_environment(env: gym.Env[Any, Any], state: State) -> list[str]:
             f"the environment is made of {' around '.join(names)}, that of the checkpoint of {' around '.join(expected)}; "
             "make it with the same wrappers"
         )
-    check_given_numbers(env, state.get("made_with", {}))
-    for layer, layer_state in zip(own, state["layers"], strict=True):
+    check_given_options(env, state)
+    layer_states = copy.deepcopy(state["layers"])  # what is put in belongs to this environment alone
+    if "sharing" in state:
+        restore_sharing(layer_states, state["sharing"])
+    for layer, layer_state in zip(own, layer_states, strict=True):
         restore_layer(layer, layer_state)
     notes = list(state["unknown"])
     if state["simulator"] is not None:
@@ -308,12 +275,37 @@ def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
     if "own" in state:
         layer.set_checkpoint_state(state["own"])  # type: ignore[attr-defined]
         return
-    for key, value in restore_sharing(state["attributes"], state["sharing"]).items():
-        setattr(layer, key, value)
+    if "sharing" in state:  # checkpoints of before described it for each layer
+        restore_sharing(state["attributes"], state["sharing"])
+    for key, value in state["attributes"].items():
+        if key != "t_start" or not begins_file(layer):
+            setattr(layer, key, value)
+    if not _is_of_known_package(layer):  # none of theirs ever deletes an attribute, but later versions may have more
+        _forget_others(layer, state.get("names"))
     for key, generators in state["spaces"].items():
         space = getattr(layer, key)
         if space is not None:
             set_space_generators(space, generators)
+
+
+def begins_file(monitor: Any) -> bool:
+    """
+    Whether a Monitor writes a new file, which begins with its ``t_start``: seconds in it are to be counted from there.
+
+    :param monitor: ``Monitor``, ``VecMonitor``, or any other wrapper
+    :return: False if there is no file, or an old one is added to
+    """
+    writer = getattr(monitor, "results_writer", None) if isinstance(monitor, Monitor | VecMonitor) else None
+    return writer is not None and writer.file_handler.mode.startswith("w")
+
+
+def _forget_others(layer: gym.Env[Any, Any], names: list[str] | None) -> None:
+    """Remove plain attributes that a reset has made, and that the layer did not have any more at the checkpoint."""
+    for key, value in list(vars(layer).items()):
+        if names is None or key in names or key in STRUCTURAL or isinstance(value, gym.Space) or not is_plain(value):
+            continue
+        if not isinstance(layer.unwrapped, MujocoEnv) or not any(_is_part(leaf, layer.unwrapped) for leaf in _leaves(value)):
+            delattr(layer, key)
 
 
 def capture_simulator(env: MujocoEnv) -> State:

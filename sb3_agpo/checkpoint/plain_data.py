@@ -100,6 +100,23 @@ def is_plain(value: Any) -> bool:
     return True
 
 
+def same_data(first: Any, second: Any) -> bool:
+    """
+    Whether two values are equal, lists and tuples of equal items included.
+
+    :param first: a value
+    :param second: another
+    :return: whether they are
+    """
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same_data, first, second))
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same_data(first[key], second[key]) for key in first)
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    return bool(first == second)
+
+
 def _encode(value: Any, arrays: Arrays, where: str) -> Any:
     """Structure of a value; its arrays are added to ``arrays``."""
     if value is None or type(value) in (bool, int, float, str):
@@ -152,10 +169,11 @@ def _encode_sequence(value: Any, arrays: Arrays, where: str) -> Any:
 
 
 def _encode_mapping(value: Mapping[Any, Any], arrays: Arrays, where: str) -> dict[str, Any]:
-    if all(type(key) is str for key in value) and TAG not in value:
+    if type(value) is dict and all(type(key) is str for key in value) and TAG not in value:
         return {key: _encode(item, arrays, f"{where}.{key}") for key, item in value.items()}
     # An optimiser's state has integer keys
-    return {TAG: "dict", "items": [_encode_all(pair, arrays, f"{where}[{pair[0]!r}]") for pair in value.items()]}
+    items = [_encode_all(pair, arrays, f"{where}[{pair[0]!r}]") for pair in value.items()]
+    return {TAG: type(value).__name__, "items": items}
 
 
 def _encode_generator(value: Any, arrays: Arrays, where: str) -> dict[str, Any]:
@@ -253,7 +271,7 @@ def _decode_tagged(structure: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
         return {kind.__name__: kind for kind in RECORDS}[structure["class"]](*items)
     if tag == "deque":
         return deque(items, maxlen=structure["maxlen"])
-    return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}[tag](items)
+    return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "OrderedDict": OrderedDict}[tag](items)
 
 
 def _decode_array(structure: dict[str, Any], array: NDArray[Any]) -> Any:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import random
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+import torch as th
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_agpo.checkpoint.environment import KNOWN_PACKAGES, State, capture_environment, is_inert, restore_environment
+from sb3_agpo.checkpoint.environment import (
+    KNOWN_PACKAGES,
+    State,
+    begins_file,
+    capture_environment,
+    is_inert,
+    restore_environment,
+)
 from sb3_agpo.checkpoint.plain_data import is_plain
 
 #: attributes of wrappers that are no state of their own
 STRUCTURAL = ("venv", "class_attributes", "num_envs", "render_mode", "reset_infos", "metadata")
+#: what waits for the next reset
+FOR_RESET = ("_seeds", "_options")
 
 
 def capture_vec_environment(env: VecEnv) -> State:
@@ -29,7 +41,15 @@ def capture_vec_environment(env: VecEnv) -> State:
         env = env.venv
     environments, reason = _capture_environments(env)
     notes = [name for wrapper in wrappers for name in wrapper.pop("unknown")]
-    return {"wrappers": wrappers, "environments": environments, "reason": reason, "notes": notes}
+    for_reset = {name: getattr(env, name) for name in FOR_RESET}
+    notes += [f"`{name[1:]}` for the next reset could not be saved" for name in FOR_RESET if not is_plain(for_reset[name])]
+    return {
+        "wrappers": wrappers,
+        "environments": environments,
+        "reason": reason,
+        "notes": notes,
+        "for_reset": {name: value for name, value in for_reset.items() if is_plain(value)},
+    }
 
 
 def restore_vec_environment(env: VecEnv, state: State) -> list[str] | None:
@@ -55,6 +75,7 @@ def restore_vec_environment(env: VecEnv, state: State) -> list[str] | None:
     env.reset()  # whatever is not saved begins as it does in any run
     inner._reset_seeds()
     inner._reset_options()
+    vars(inner).update(state.get("for_reset", {}))
     for wrapper, wrapper_state in zip(wrappers, state["wrappers"], strict=True):
         _restore_wrapper(wrapper, wrapper_state)
     if state["environments"] is None:
@@ -83,7 +104,8 @@ def _capture_wrapper(wrapper: VecEnvWrapper) -> State:
 
 
 def _restore_wrapper(wrapper: VecEnvWrapper, state: State) -> None:
-    vars(wrapper).update(state["attributes"])
+    own = {"t_start"} if begins_file(wrapper) else set()
+    vars(wrapper).update({key: value for key, value in state["attributes"].items() if key not in own})
     for key, frames in state["stacks"].items():
         _set_frames(getattr(wrapper, key), frames)
 
@@ -115,17 +137,28 @@ class AccessInstaller:
     """
 
     def __instancecheck__(self, env: Any) -> bool:
-        env.capture_checkpoint = partial(capture_environment, env)
+        env.capture_checkpoint = partial(_capture_with_generators, env)
         env.restore_checkpoint = partial(_restore_or_explain, env)
         return True
+
+
+def _capture_with_generators(env: gym.Env[Any, Any]) -> State:
+    """What :func:`capture_environment` does, and the state of the global generators of the worker process."""
+    generators = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": th.get_rng_state()}
+    return {**capture_environment(env), "generators": generators}
 
 
 def _restore_or_explain(env: gym.Env[Any, Any], state: State) -> list[str] | ValueError:
     """What :func:`restore_environment` does; its error is returned, as raising it would end the worker process."""
     try:
-        return restore_environment(env, state)
+        notes = restore_environment(env, state)
     except ValueError as error:
         return error
+    if "generators" in state:  # not in checkpoints of before
+        random.setstate(state["generators"]["python"])
+        np.random.set_state(state["generators"]["numpy"])
+        th.set_rng_state(state["generators"]["torch"])
+    return notes
 
 
 def _capture_environments(env: VecEnv) -> tuple[Any, str]:

@@ -28,7 +28,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.agpo.checkpoint import constructor_arguments
+from sb3_agpo.agpo.checkpoint import TorchGenerators, constructor_arguments
 from sb3_agpo.tracking.figures import NothingToDraw, gradient_statistics, learning_curve
 from sb3_agpo.tracking.gate_recorder import GateRecorder
 from sb3_agpo.tracking.outputs import ProgressFile, write_to_tensorboard
@@ -219,7 +219,7 @@ class AGPOWandbCallback(BaseCallback):
             raise ValueError(f"videos need both `video_env` and `video_freq`, got {video_env!r} and {video_freq!r}")
         actions = (self._log_gate, self._log_figures, self._log_video, self._log_checkpoint)
         self._schedule = [(every, act) for every, act in zip(frequencies.values(), actions, strict=True) if every > 0]
-        self._torch_generator: th.Tensor | None = None
+        self._torch_generator: TorchGenerators | None = None
         self._run: Run | None = None
         self._finish_run = False
         self._gate: GateRecorder | None = None

@@ -200,6 +200,22 @@ def describe_options(env: GymEnv) -> str:
     return repr((own, names, unwrapped.frame_skip, unwrapped.model.opt.timestep))
 
 
+def check_shared_model(envs: Sequence[GymEnv]) -> None:
+    """
+    Check that environments whose models were replaced share one again.
+
+    :param envs: environments, wrapped or not
+    :raises ValueError: naming the first that does not
+    """
+    models = [env.unwrapped.model for env in envs]  # type: ignore[attr-defined]
+    for index, model in enumerate(models):
+        if model is not models[0]:
+            raise ValueError(
+                f"environment {index} has another MjModel than environment 0, which it shared before; give all environments "
+                "the same new one, each with an MjData of its own, or use DummyVecEnv"
+            )
+
+
 def check_environment(env: GymEnv) -> MujocoEnv:
     """
     Refuse an environment whose step is not known to be the stock task's.

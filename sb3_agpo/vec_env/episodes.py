@@ -31,8 +31,8 @@ class Episodes:
     def __init__(self, envs: Sequence[gym.Env[Any, Any]]) -> None:
         self._monitors = [env if isinstance(env, Monitor) else None for env in envs]
         self._time_limits = [_time_limits(env) for env in envs]
-        lengths = [[wrapper._max_episode_steps for wrapper in wrappers] for wrappers in self._time_limits]
-        self._limits = np.array([min(steps, default=_UNLIMITED) for steps in lengths], dtype=np.int64)
+        self._limits = np.empty(len(envs), dtype=np.int64)
+        self.read_limits()
         self._lengths = np.zeros(len(envs), dtype=np.int64)  # steps since the last reset
         self._returns = np.zeros(len(envs))  # sums of rewards since the last reset
         self._n_steps = 0  # steps of each environment in all
@@ -41,6 +41,11 @@ class Episodes:
     def info_keywords(self) -> tuple[str, ...]:
         """Keys of the task's info that a Monitor wants to record."""
         return tuple(key for monitor in self._monitors if monitor is not None for key in monitor.info_keywords)
+
+    def read_limits(self) -> None:
+        """Take the time limits that the wrappers have now, which somebody may have changed."""
+        lengths = [[wrapper._max_episode_steps for wrapper in wrappers] for wrappers in self._time_limits]
+        self._limits[:] = [min(steps, default=_UNLIMITED) for steps in lengths]
 
     def add(self, rewards: Array) -> NDArray[np.bool_]:
         """

@@ -26,6 +26,9 @@ def make_mujoco_vec_env(
     """
     Make a :class:`MujocoVecEnv` by SB3's ``make_vec_env``, with its arguments and their meaning.
 
+    Those that choose wrappers and another class (``wrapper_class``, ``wrapper_kwargs``, ``vec_env_cls``, ``vec_env_kwargs``)
+    are left out.
+
     :param env_id: id of a stock task, such as "Hopper-v5"
     :param n_envs: number of environments
     :param seed: environment i is seeded with ``seed + i`` at the first reset; None for random seeds

@@ -25,6 +25,7 @@ from sb3_agpo.vec_env.environments import (
     build_environments,
     check_functions,
     check_integers,
+    check_shared_model,
     describe_options,
     environment_functions,
     find_task,
@@ -107,7 +108,8 @@ class MujocoVecEnv(VecEnv):
         self._simulation = self._make_simulation(find_task_model(first.unwrapped), full_info)  # type: ignore[arg-type]
         self._pending: _PendingStep | None = None
         self._recorders: weakref.WeakSet[BatchRecorder] = weakref.WeakSet()
-        self._is_reset = self._is_closed = False
+        self._to_reset = set(range(len(self._envs)))  # before they can be stepped
+        self._is_closed = False
         # Whether somebody may hold an object through which a simulator can be changed behind our back, or has called
         # something since the last step that may have changed the task's options
         self._is_shared = self._is_touched = False
@@ -151,7 +153,7 @@ class MujocoVecEnv(VecEnv):
         # Seeds and options are only used once
         self._reset_seeds()
         self._reset_options()
-        self._is_reset = True
+        self._to_reset.clear()
         return obs
 
     def step_async(self, actions: NDArray[Any]) -> None:
@@ -165,7 +167,7 @@ class MujocoVecEnv(VecEnv):
         :raises RuntimeError: before the first reset, after closing, or if a step is under way
         """
         self._check_open()
-        if not self._is_reset:
+        if self._to_reset:
             raise RuntimeError("the environments have not been reset yet; call `reset` before `step`")
         self._check_idle()
         actions = self._check_actions(actions)
@@ -211,14 +213,18 @@ class MujocoVecEnv(VecEnv):
         self._simulation.read((index,))
 
     def _heed_changes(self) -> None:
-        """Read the simulators and take the options of the task anew, if somebody may have changed them."""
+        """Read the simulators, take time limits and the options of the task anew, if somebody may have changed them."""
         if not (self._is_shared or self._is_touched):
             return
+        self._episodes.read_limits()
+        own_step, is_replaced = self._simulation.own_step, self._simulation.is_replaced()
+        if is_replaced:
+            check_shared_model(self._envs)
         # An environment's own step takes its own options in any case
-        if not self._simulation.own_step and self._described != [describe_options(env) for env in self._envs]:
-            task = find_task(self._envs)
+        if is_replaced or (not own_step and self._described != [describe_options(env) for env in self._envs]):
+            task = find_task(self._envs[:1] if own_step else self._envs)
             self._simulation.close()
-            self._simulation = self._make_simulation(task, own_step=False)
+            self._simulation = self._make_simulation(task, own_step)
         self._simulation.read()
         self._is_touched = False
 
@@ -344,6 +350,7 @@ class MujocoVecEnv(VecEnv):
         self._is_touched |= method_name != "reset"
         results = [env.get_wrapper_attr(method_name)(*method_args, **method_kwargs) for env in targets]
         if method_name == "reset":
+            self._to_reset.difference_update(chosen)
             for index in chosen:
                 self._episodes.begin(index)
         self._simulation.read(chosen)

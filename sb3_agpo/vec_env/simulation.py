@@ -137,6 +137,16 @@ class BatchSimulation:
         self.__init__(**state)  # type: ignore[misc]
         self.read()
 
+    def is_replaced(self) -> bool:
+        """
+        Whether somebody has put another model or other data into an environment.
+
+        :return: whether the simulators are not those of the environments any more
+        """
+        return any(
+            env.model is not self.model or env.data is not data for env, data in zip(self.envs, self._datas, strict=True)
+        )
+
     def start(self, actions: NDArray[Any]) -> None:
         """
         Start one environment step in all environments.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,32 @@ class AGPOExperimentManager(ExperimentManager):
             self.config = str(sb3_agpo.zoo.HYPERPARAMETER_FILE)
         if self.trial_id == 0:
             self.trial_id = FirstTrial(0)
+
+    def load_trial(self, storage: str, study_name: str, trial_id: int | None = None, convert: bool = True) -> dict[str, Any]:
+        """
+        Read what a trial of a search had, see ``rl_zoo3.exp_manager.ExperimentManager.load_trial``.
+
+        :param storage: the study's storage
+        :param study_name: its name
+        :param trial_id: number of the trial; None for the best
+        :param convert: whether to turn what was drawn into arguments
+        :return: the arguments; where the search drew some of the replay buffer's, the file's others are there too
+        """
+        params = super().load_trial(storage, study_name, trial_id, convert)
+        if self.algo == sb3_agpo.zoo.ALGORITHM_NAME and convert and "replay_buffer_kwargs" in params:
+            own = self._hyperparameters_of_file().get("replay_buffer_kwargs") or {}
+            own = eval(own) if isinstance(own, str) else own  # as the zoo does
+            params["replay_buffer_kwargs"] = {**own, **params["replay_buffer_kwargs"]}
+        return params
+
+    def _hyperparameters_of_file(self) -> dict[str, Any]:
+        """Hyperparameters without those of a trial."""
+        trial_id, self.trial_id = self.trial_id, None
+        try:
+            with redirect_stdout(StringIO()):
+                return self.read_hyperparameters()[0]
+        finally:
+            self.trial_id = trial_id
 
     def _preprocess_hyperparams(
         self, hyperparams: dict[str, Any]
