@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch as th
@@ -57,6 +59,24 @@ def test_average_acts_and_the_policy_explores() -> None:
     with th.no_grad():
         sampled = model.actor(th.as_tensor(obs), deterministic=False).numpy()
     assert np.allclose(explored, model.policy.unscale_action(sampled))
+
+
+def test_average_begins_with_weights_that_were_put_into_the_actor(tmp_path: Path) -> None:
+    """As after cloning: they act at once, are saved, and learning goes on from them."""
+    model, obs = small_model("Pendulum-v1", policy_tau=1e-6), np.ones((1, 3), dtype=np.float32)
+    before = model.predict(obs, deterministic=True)[0]
+    with th.no_grad():
+        for weights in model.actor.parameters():
+            weights += 0.3
+        cloned = model.actor(th.as_tensor(obs), deterministic=True).numpy()
+    wanted = model.policy.unscale_action(cloned)
+    assert not np.allclose(before, wanted)
+    assert np.allclose(model.predict(obs, deterministic=True)[0], wanted)
+    model.save(tmp_path / "cloned")
+    loaded = AGPO.load(tmp_path / "cloned")
+    assert np.allclose(loaded.predict(obs, deterministic=True)[0], wanted)
+    model.learn(60)
+    assert np.allclose(model.predict(obs, deterministic=True)[0], wanted, atol=1e-4)
 
 
 def test_without_averaging_the_policy_acts() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -266,10 +267,57 @@ def test_a_killed_worker_is_named_and_learning_goes_on(_orphans: list[VecEnv], t
     with pytest.raises(RuntimeError, match="worker 1"):
         model.save_checkpoint(tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints").exists()
-    model.save(tmp_path / "model")  # needs no environment
+    model.save(tmp_path / "model")  # needs no environment, like this
+    model.save_replay_buffer(tmp_path / "buffer")
     model.set_env(make_vec_env("InvertedPendulum-v5", 2))
     model.learn(40, reset_num_timesteps=False)
     assert model.num_timesteps == 80
+
+
+def test_replay_buffer_of_a_closed_environment(tmp_path: Path) -> None:
+    """The zoo closes the environment first, and saves then."""
+    env = make_vec_env("InvertedPendulum-v5", 2, vec_env_cls=SubprocVecEnv)
+    model = small_model(env).learn(60)
+    model.save_replay_buffer(tmp_path / "before")
+    env.close()
+    model.save_replay_buffer(tmp_path / "after")
+    model.load_replay_buffer(tmp_path / "before")
+    assert model.replay_buffer.size() == 30  # type: ignore[union-attr]
+    other = small_model(make_vec_env("InvertedPendulum-v5", 2))
+    other.load_replay_buffer(tmp_path / "after")
+    assert other.learn(60).replay_buffer.size() == 60  # type: ignore[union-attr]
+
+
+class Slow(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment in whose steps there is time enough for an interrupt."""
+
+    def step(self, action: Any) -> Any:
+        """Step, slowly."""
+        time.sleep(0.05)
+        return self.env.step(action)
+
+
+def test_an_interrupt_inside_a_step_of_workers(_orphans: list[VecEnv], tmp_path: Path) -> None:
+    """It reaches this process alone, as ``kill -INT`` does: the workers still owe an answer, and no other is to be read."""
+    env = SubprocVecEnv([lambda: Slow(gym.make("InvertedPendulum-v5"))] * 2)
+    _orphans.append(env)
+    model = small_model(env)
+
+    class Interrupt(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.n_calls == 20:
+                timer = threading.Timer(0.02, signal.raise_signal, (signal.SIGINT,))
+                timer.start()
+            return True
+
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1000, callback=Interrupt())
+    model.save_replay_buffer(tmp_path / "buffer")
+    with pytest.raises(RuntimeError, match="interrupted inside a step"):
+        model.learn(100, reset_num_timesteps=False)
+    model.set_env(make_vec_env("InvertedPendulum-v5", 2))
+    model.load_replay_buffer(tmp_path / "buffer")
+    model.learn(60, reset_num_timesteps=False)
 
 
 @pytest.mark.parametrize(("fault", "code"), [(leaving, 3), (raising, 1)])

@@ -13,9 +13,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
 
+from sb3_agpo import AGPO
 from sb3_agpo.agpo.policies import (
     BATCH_NORM_MOMENTUM,
     NORMALIZATIONS,
+    Actor,
     AGPOPolicy,
     CnnPolicy,
     EnsembleBatchNorm,
@@ -427,3 +429,39 @@ def test_training_mode_is_that_of_every_module_that_may_care(kwargs: dict[str, A
     assert all(module.training == mode for module in caring)
     assert not policy.average_actor.training
     assert policy.critic_target is policy.critic or not policy.critic_target.training
+
+
+class OwnSampling(Actor):
+    """An actor with a density of its own."""
+
+    n_calls = 0
+
+    def action_log_prob(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
+        """SB3's, counted."""
+        type(self).n_calls += 1
+        return super().action_log_prob(obs)
+
+
+class OwnSamplingPolicy(AGPOPolicy):
+    """A policy whose actor has a density of its own."""
+
+    def make_actor(self, features_extractor: Any = None) -> Actor:
+        """Build the actor."""
+        return OwnSampling(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+
+def test_an_actor_that_samples_by_itself_is_asked() -> None:
+    """Wherever SAC asks it; windows, which need the noise of a Gaussian, are left out and told."""
+    model = AGPO(OwnSamplingPolicy, "Hopper-v5", learning_starts=10, policy_kwargs={"net_arch": [8]}, seed=0).learn(40)
+    assert "OwnSampling samples actions in its own way" in model.provider_report.reason
+    assert OwnSampling.n_calls > 30
+
+
+def test_critics_of_another_kind_are_refused() -> None:
+    class Plain(AGPOPolicy):
+        def make_critic(self, features_extractor: Any = None) -> Any:
+            kwargs = {k: v for k, v in self.critic_kwargs.items() if k != "normalization"}
+            return ContinuousCritic(**self._update_features_extractor(kwargs, features_extractor))
+
+    with pytest.raises(TypeError, match="`make_critic` must return an `EnsembleCritic`, got a ContinuousCritic"):
+        AGPO(Plain, "Pendulum-v1")

@@ -26,6 +26,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.utils import ConstantSchedule, LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from torch import nn
@@ -505,6 +506,15 @@ def test_number_of_policy_updates_does_not_depend_on_the_training_frequency(monk
         small_model("InvertedPendulum-v5", train_freq=train_freq, learning_starts=0).learn(80)
         assert sizes == [16.0] * 4 * 5
         sizes.clear()
+
+
+def test_numbers_in_other_forms() -> None:
+    """Lists and NumPy's integers, as read from files; texts, as SAC takes them."""
+    for train_freq in ([4, "step"], (np.int64(4), "step"), np.int64(4)):
+        model = small_model("Pendulum-v1", train_freq=train_freq, ent_coef="0.3", target_entropy="-2")
+        assert model.train_freq == (4, TrainFrequencyUnit.STEP)
+        assert (float(model._current_ent_coef()), model.target_entropy) == (pytest.approx(0.3), -2.0)
+    assert model.learn(30)._n_updates > 0
 
 
 def test_train_freq_episode() -> None:

@@ -21,6 +21,7 @@ from stable_baselines3.common.type_aliases import (
     MaybeCallback,
     ReplayBufferSamples,
     Schedule,
+    TrainFreq,
     TrainFrequencyUnit,
 )
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
@@ -327,6 +328,13 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         else:
             self.ent_coef_tensor = th.tensor(float(self.ent_coef), device=self.device)
 
+    def _convert_train_freq(self) -> None:
+        """As in SB3, which takes no lists and no integers of NumPy's."""
+        if not isinstance(self.train_freq, TrainFreq):
+            steps, unit = self.train_freq if isinstance(self.train_freq, list | tuple) else (self.train_freq, "step")
+            self.train_freq = int(steps), unit
+        super()._convert_train_freq()
+
     # ------------------------------------------------------------------ training
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -337,6 +345,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         :param batch_size: replayed transitions of each
         """
         self.policy.set_training_mode(True)
+        self.policy.begin_average()
         self._update_learning_rates()
         policy_delay = self._current_policy_delay()
         for first in range(0, gradient_steps, BATCHES_AT_ONCE):
@@ -534,6 +543,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
     def _update_average_policy(self) -> None:
         """Move the averaged policy towards the policy."""
         self._n_policy_updates += 1
+        self.policy.is_averaged = True
         with th.no_grad():
             th._foreach_lerp_(self._average_parameters, self._actor_parameters, self._current_policy_tau())
             for average, current in zip(self.policy.average_actor.buffers(), self.actor.buffers(), strict=True):

@@ -11,6 +11,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,7 @@ def _train_freq(name: str, value: Any) -> None:
 
 def _ent_coef(name: str, value: Any) -> None:
     advice = 'pass "auto", a start such as "auto_0.1", or a fixed value of at least 0'
+    value = _number_of_text(value)
     if not isinstance(value, str):
         check_number(name, value, 0.0, math.inf, advice)
         return
@@ -193,9 +195,16 @@ def _ent_coef(name: str, value: Any) -> None:
         raise ValueError(f'`{name}` is {value!r}, which is neither a number nor "auto" with a positive start; {advice}')
 
 
+def _number_of_text(value: Any) -> Any:
+    """The number that a text says, as SAC takes it; anything else as it is."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
+
+
 def _target_entropy(name: str, value: Any) -> None:
     if value != "auto":
-        check_number(name, value, -math.inf, math.inf, 'pass "auto" or a number such as -3.0')
+        check_number(name, _number_of_text(value), -math.inf, math.inf, 'pass "auto" or a number such as -3.0')
 
 
 def _gradient_mode(name: str, value: Any) -> None:

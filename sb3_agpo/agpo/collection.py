@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pathlib
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -23,10 +25,10 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from sb3_agpo.agpo.arguments import check_learn_arguments
 from sb3_agpo.agpo.checkpoint import TorchGenerators, begin_new_episodes, torch_generators
-from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults
+from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults, is_mid_step
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
-from sb3_agpo.agpo.policies import Actor
+from sb3_agpo.agpo.policies import Actor, samples_by_itself
 from sb3_agpo.agpo.rollout_buffer import DerivativeReplayBuffer, DifferentiableRolloutBuffer, Transition
 from sb3_agpo.agpo.updates import gaussian_parameters
 from sb3_agpo.dynamics.interface import absent_derivatives
@@ -41,6 +43,7 @@ except ImportError:
     psutil = None  # type: ignore[assignment]
 
 SelfAlgorithm = TypeVar("SelfAlgorithm", bound="DifferentiableOffPolicyAlgorithm")
+T = TypeVar("T")
 
 #: what SB3 chooses from if no replay buffer class is given
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
@@ -114,8 +117,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """Find the source of derivatives of the current environment, and say once what it is."""
         if self.env is None:
             return
-        if isinstance(self.replay_buffer, HerReplayBuffer):
-            reason = "HerReplayBuffer relabels rewards, whose derivatives are unknown"
+        if reason := self._reason_against_derivatives():
             self.dynamics, self.provider_report = None, ProviderReport("none", reason)
         else:
             with explained_faults(self.env):
@@ -127,6 +129,14 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
             print(f"Simulator derivatives: {source} ({self.provider_report.reason})")
         if self.dynamics is not None and self.critic_grad_coef > 0.0:
             self._warn_about_memory()
+
+    def _reason_against_derivatives(self) -> str:
+        """Why there can be none, whatever the environment is; nothing if there can."""
+        if isinstance(self.replay_buffer, HerReplayBuffer):
+            return "HerReplayBuffer relabels rewards, whose derivatives are unknown"
+        if samples_by_itself(self.actor):
+            return f"{type(self.actor).__name__} samples actions in its own way, whose noise windows cannot repeat"
+        return ""
 
     def _sizes(self) -> tuple[int, int]:
         """Lengths of an observation and of an action, where there are derivatives."""
@@ -334,9 +344,10 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
             raise ValueError(
                 f"{invalid:.0%} of the last {INVALID_WINDOW} simulator derivatives were not finite, exploded, or did not "
                 f"reproduce the environment's step (`max_invalid_fraction` is {self.max_invalid_fraction:.0%}). Use larger "
-                "steps in `finite_differences`, or smaller ones if they make the simulation unstable; check that nothing "
-                "changes the simulator's model after AGPO was given the environment and that no callback steps it (an "
-                f"evaluation needs an environment of its own); {own if self.provider_report.kind == 'env_step' else ''}"
+                "steps in `finite_differences`, or smaller ones if they make the simulation unstable; call "
+                "`model.set_env(model.get_env(), force_reset=False)` after a change of the environment's options or of the "
+                "simulator's model; check that no callback steps the environment (an "
+                f"evaluation needs one of its own); {own if self.provider_report.kind == 'env_step' else ''}"
                 'or train with `gradient_mode="q"`, `critic_grad_coef=0`'
             )
 
@@ -388,6 +399,11 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         """See :meth:`stable_baselines3.common.base_class.BaseAlgorithm.learn`."""
         check_learn_arguments(total_timesteps, callback, log_interval)
         assert self.env is not None, "You must set the environment before calling learn(), with `set_env`"
+        if is_mid_step(self.env):
+            raise RuntimeError(
+                "the environment was interrupted inside a step, whose outcome its workers still hold; `set_env` a new one and "
+                "call `learn(..., reset_num_timesteps=False)`"
+            )
         try:
             with explained_faults(self.env):
                 super().learn(
@@ -400,25 +416,33 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
                 )
         finally:
             if self.dynamics is not None:  # steps that others take in the environment need no derivatives
-                with suppress(OSError, EOFError):  # of a dead worker, which the error on its way tells of
-                    self.dynamics.pause()
+                self._ask_workers(self.dynamics.pause)
         return self
+
+    def _ask_workers(self, question: Callable[[], T]) -> T | None:
+        """Ask workers for what can be done without; None if they are closed, dead or inside an interrupted step."""
+        if self.env is not None and not is_mid_step(self.env):
+            with suppress(OSError, EOFError):
+                return question()
+        return None
 
     # ------------------------------------------------------------------ files
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
         """
-        Save the replay buffer, and with it the windows and stored derivatives, in one pickle that SB3 can read too.
+        Save the replay buffer, and with it the windows and stored derivatives, in one pickle.
+
+        SB3 can read it too, where this package is installed. Windows are left out if the environment has been closed.
 
         :param path: file
         """
         assert self.replay_buffer is not None, "The replay buffer is not defined"
-        records = self.dynamics.get_records() if self.dynamics is not None else []
+        records = [] if self.dynamics is None else self._ask_workers(self.dynamics.get_records)
         self.replay_buffer.differentiable = {  # type: ignore[attr-defined]
             "derivatives": self.derivative_buffer,
-            "windows": self.rollout_buffer,
+            "windows": self.rollout_buffer if records is not None else self._empty_rollout_buffer(),
             "window_settings": self._window_settings(),
-            "records": records,
+            "records": records or [],
         }
         try:
             super().save_replay_buffer(path)
@@ -439,9 +463,13 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
             self.derivative_buffer = saved["derivatives"]
             self.rollout_buffer = self._empty_rollout_buffer()
             if self.dynamics is not None and saved["window_settings"] == self._window_settings():
-                self.rollout_buffer = saved["windows"]
-                self.dynamics.set_records(saved["records"])
+                self._ask_workers(functools.partial(self._continue_windows, saved))
             self.rollout_buffer.device = self.derivative_buffer.device = self.device
+
+    def _continue_windows(self, saved: dict[str, Any]) -> None:
+        assert self.dynamics is not None
+        self.dynamics.set_records(saved["records"])
+        self.rollout_buffer = saved["windows"]
 
     def _window_settings(self) -> tuple[Any, ...]:
         """What must be equal for windows under construction to be continued."""

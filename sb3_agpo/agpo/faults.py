@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 Observations = NDArray[Any] | dict[str, NDArray[Any]] | tuple[NDArray[Any], ...]
 
@@ -66,7 +66,7 @@ def check_step(
     moment = f"at step {n_steps}"
     if normalization is not None:
         _check_numbers("reward", normalization.get_original_reward(), np.inf, moment, advice=ADVICE_ON_STATISTICS)
-    _check_numbers("reward", rewards, LARGEST, moment)
+    _check_numbers("reward", np.asarray(rewards), LARGEST, moment)
     check_observations(observations, normalization, moment)
     for index, info in enumerate(infos):
         if (last := info.get("terminal_observation")) is not None:
@@ -136,6 +136,18 @@ def explained_faults(env: VecEnv) -> Iterator[None]:
                 "`stable_baselines3.common.env_checker.check_env(env)` tells more."
             )
         raise
+
+
+def is_mid_step(env: VecEnv) -> bool:
+    """
+    Whether a step of a vectorised environment was interrupted before its workers answered: the next answers are to that step.
+
+    :param env: vectorised environment, wrapped or not, between two steps
+    :return: False also for environments without workers
+    """
+    while isinstance(env, VecEnvWrapper):
+        env = env.venv
+    return isinstance(env, SubprocVecEnv) and env.waiting and not env.closed
 
 
 def ended_workers(env: VecEnv) -> str | None:

@@ -280,6 +280,16 @@ def _concatenate(first: PyTorchObs, second: PyTorchObs) -> PyTorchObs:
     return {key: th.cat([first[key], second[key]]) for key in first}  # type: ignore[index, call-overload, union-attr]
 
 
+def samples_by_itself(actor: Actor) -> bool:
+    """
+    Whether an actor has a way of its own to sample actions or to compute their density.
+
+    :param actor: the actor
+    :return: False for SB3's, also if it is a subclass with another network or other parameters of the Gaussian
+    """
+    return any(getattr(type(actor), name) is not getattr(Actor, name) for name in ("forward", "action_log_prob"))
+
+
 #: modules that do the same in training and in evaluation
 MODELESS = (
     *(
@@ -310,11 +320,14 @@ class AGPOPolicy(SACPolicy):
     :param normalization: of the critics. "layer": layer normalisation, and target networks as in SAC; "batch": batch
         normalisation, and no target networks (CrossQ, Bhatt et al. 2024); "none": no normalisation, as in SAC
     :raises ValueError: if ``normalization`` is none of these
+    :raises TypeError: if a subclass makes critics of another kind
     """
 
     critic: EnsembleCritic  # type: ignore[assignment]
     critic_target: EnsembleCritic  # type: ignore[assignment]
     average_actor: Actor
+    #: whether policy updates have moved ``average_actor``, or a file has set it; until then it is what the actor is
+    is_averaged = True
 
     def __init__(
         self,
@@ -339,11 +352,17 @@ class AGPOPolicy(SACPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
+        if not isinstance(self.critic, EnsembleCritic):
+            raise TypeError(
+                f"`make_critic` must return an `EnsembleCritic`, got a {type(self.critic).__name__}; change it by "
+                "`n_critics`, `net_arch`, `activation_fn` and `normalization`, or subclass it"
+            )
         if self.critic.batch_norms:
             self.critic_target = self.critic
         with th.random.fork_rng(devices=[]):  # the other networks' weights do not depend on there being an average
             self.average_actor = self.make_actor()
-        self.average_actor.load_state_dict(self.actor.state_dict())
+        self.is_averaged = False
+        self.begin_average()
         self.average_actor.requires_grad_(False).set_training_mode(False)
         modules = (*self.actor.modules(), *self.critic.modules())
         self._mode_matters = any(type(module) not in MODELESS for module in modules)
@@ -362,7 +381,25 @@ class AGPOPolicy(SACPolicy):
         else:
             self.actor.training = self.critic.training = self.training = mode
 
+    def begin_average(self) -> None:
+        """Let the average begin with the weights that the actor has by now, cloned ones for example; later, do nothing."""
+        if not self.is_averaged:
+            self.average_actor.load_state_dict(self.actor.state_dict())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """See :meth:`torch.nn.Module.state_dict`."""
+        self.begin_average()
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`torch.nn.Module.load_state_dict`."""
+        answer = super().load_state_dict(*args, **kwargs)
+        self.is_averaged = True
+        return answer
+
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        if deterministic:
+            self.begin_average()
         actor = self.average_actor if deterministic else self.actor
         return actor(observation, deterministic)
 

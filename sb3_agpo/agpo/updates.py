@@ -18,7 +18,7 @@ from sb3_agpo.agpo.adaptive_gradient import (
     matching_targets,
     policy_loss,
 )
-from sb3_agpo.agpo.policies import Actor, AGPOPolicy
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy, samples_by_itself
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
 
@@ -76,7 +76,7 @@ def sample_actions(actor: Actor, observations: Any) -> tuple[th.Tensor, th.Tenso
     :param observations: batch of ``n``
     :return: actions in [-1, 1] ``(n, nu)``, log-densities ``(n,)``
     """
-    if actor.use_sde:
+    if actor.use_sde or samples_by_itself(actor):
         return actor.action_log_prob(observations)
     mean, log_std = gaussian_parameters(actor, observations)
     return squashed_sample(mean, log_std, th.randn_like(mean))
