@@ -234,5 +234,5 @@ def test_training_environment_for_evaluation_is_refused_in_the_end() -> None:
             self.training_env.step(np.zeros((1, 1), dtype=np.float32))
             return True
 
-    with pytest.raises(ValueError, match="an evaluation needs an environment of its own"):
+    with pytest.raises(ValueError, match="an evaluation needs one of its own"):
         small_model("InvertedPendulum-v5", gradient_steps=1, train_freq=50).learn(1100, callback=StepEachTime())

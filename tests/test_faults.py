@@ -306,12 +306,16 @@ def test_an_interrupt_inside_a_step_of_workers(_orphans: list[VecEnv], tmp_path:
     class Interrupt(BaseCallback):
         def _on_step(self) -> bool:
             if self.n_calls == 20:
-                timer = threading.Timer(0.02, signal.raise_signal, (signal.SIGINT,))
-                timer.start()
+                here = threading.main_thread().ident
+                threading.Timer(0.02, signal.pthread_kill, (here, signal.SIGINT)).start()
             return True
 
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(1000, callback=Interrupt())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # libraries of other tests may have put theirs
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(1000, callback=Interrupt())
+    finally:
+        signal.signal(signal.SIGINT, before)
     model.save_replay_buffer(tmp_path / "buffer")
     with pytest.raises(RuntimeError, match="interrupted inside a step"):
         model.learn(100, reset_num_timesteps=False)
