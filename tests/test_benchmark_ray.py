@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -229,7 +230,8 @@ def test_no_cluster_at_the_address(
     from ray._private import services
 
     # "auto" would find the cluster of another test that runs at the same time
-    monkeypatch.setattr(services, "get_ray_address_from_environment", lambda address, _: None if address == "auto" else address)
+    monkeypatch.setattr(services, "find_gcs_addresses", functools.cache(set))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
     assert main(command(tmp_path / "ray.csv", "--engine", "ray", "--address", address)) == 2
     assert f"error: --address {address}: there is no Ray cluster (" in capsys.readouterr().err
 
