@@ -290,6 +290,7 @@ def test_summary_on_a_page(two_tasks: Path, tmp_path: Path) -> None:
     assert "| HalfCheetah-v5 | 10k | 200 (2) | 20.0 (1) | **650 (2)** | 10k, 20 s | not reached | 10k, 20 s |" in text
     assert "| score: interquartile mean |  | 1.00 [1.00, 1.00] |" in text
     assert f"--time cpu_seconds --page {page}" in report
+    assert (tmp_path / "learning_summary.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_times_reckoned_from_costs(two_tasks: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def learning_curves(results: Results, algorithms: Sequence[str], path: Path, tim
     with mpl.rc_context(FONT):
         scores = time is None and len(results.scored_tasks) > 1
         n_panels = len(results.tasks) + scores
-        n_columns = min(4, n_panels)
+        n_columns = n_panels if n_panels <= 4 else min((4, 3), key=lambda columns: -n_panels % columns)  # few empty places
         n_rows = ceil(n_panels / n_columns)
         legend_rows = ceil(len(algorithms) / _legend_columns(algorithms, results.algorithms, WIDTH))
         height = 2.5 * n_rows + 0.28 * legend_rows + 0.35

@@ -24,6 +24,9 @@ from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, hig
 #: AGPO among the others: with and without gradient matching
 MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
 
+#: learning curves of the algorithms that ``--page`` summarises
+SUMMARY_PICTURE = "learning_summary.png"
+
 REACHED_TABLES = {
     "steps": "Environment steps",
     "simulator_calls": "Simulated steps, finite differences included",
@@ -55,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--page",
         type=Path,
-        help=f"page to write a summary into, without variants, between the lines {' and '.join(records.markers(MARKER))}",
+        help=f"page to write a summary into, without variants, between the lines {' and '.join(records.markers(MARKER))}; "
+        f"its picture is {SUMMARY_PICTURE} beside the report",
     )
     add("--live", action="store_true", help="use unfinished runs as well, for curves")
 
@@ -311,6 +315,7 @@ def main(options: argparse.Namespace) -> int:
         shown = [name for name in main_algorithms(results) if name not in VARIANTS or name == results.baseline]
         complete = [name for name in shown if results.complete(name)]
         update_summary(options.page, results, complete or shown, options.time)
+        figures.learning_curves(results, shown, options.output / SUMMARY_PICTURE)
     for note in results.notes:
         print(f"note: {note}")
     print(f"wrote {path}")
