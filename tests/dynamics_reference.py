@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mujoco
@@ -226,17 +226,27 @@ def assert_same_bits(actual: TransitionDerivatives, expected: TransitionDerivati
         np.testing.assert_array_equal(first, second, err_msg=name)
 
 
-def count_threads() -> int:
+def running_threads() -> set[str]:
     """
-    Count the threads of this process, those of MuJoCo included, when none has ended for a while.
+    List the threads of this process, those of MuJoCo included.
 
-    :return: the number
+    :return: their numbers
     """
     gc.collect()
-    count, deadline = -1, time.monotonic() + 5.0
-    while time.monotonic() < deadline:
-        previous, count = count, len(list(Path("/proc/self/task").iterdir()))
-        if count == previous:
-            break
-        time.sleep(0.1)
+    return set(os.listdir("/proc/self/task"))
+
+
+def count_new_threads(known: set[str], most: int) -> int:
+    """
+    Count the threads that were not there before.
+
+    The system lists a thread for a moment after it was waited for, a long one on a busy machine.
+
+    :param known: those that were, which may have ended in the meantime
+    :param most: how many new ones there may be: the end of others is waited for
+    :return: the number
+    """
+    deadline = time.monotonic() + 120.0
+    while (count := len(running_threads() - known)) > most and time.monotonic() < deadline:
+        time.sleep(0.02)
     return count

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -26,6 +27,7 @@ from torch import nn
 import sb3_agpo
 from sb3_agpo.agpo.agpo import POLICY_DELAY_BESIDE_WINDOWS
 from sb3_agpo.agpo.gates import DEFAULT_GATE
+from sb3_agpo.benchmark import clock as clock_module
 from sb3_agpo.benchmark import learning, records
 from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.algorithms import (
@@ -192,7 +194,7 @@ def test_merging_replaces_the_run(tmp_path: Path, finished: Path) -> None:
     assert len(records.read_rows(output)) == 3
 
 
-def wait_for(condition: Any, seconds: float = 240) -> None:
+def wait_for(condition: Any, seconds: float = 600) -> None:
     """Wait until a condition holds, also on a machine with much else to do."""
     end = time.monotonic() + seconds
     while not condition():
@@ -200,22 +202,48 @@ def wait_for(condition: Any, seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
+#: the command, whose runs wait between two evaluations until a file is there
+WAITING = """
+import sys
+import time
+from pathlib import Path
+
+from sb3_agpo.benchmark.__main__ import main
+from sb3_agpo.benchmark.run import EvaluationCallback
+
+on_step = EvaluationCallback._on_step
+
+
+def wait(callback):
+    while callback.num_timesteps == 500 and not Path(sys.argv[1]).exists():
+        time.sleep(0.02)
+    return on_step(callback)
+
+
+EvaluationCallback._on_step = wait  # in the processes of runs too, which import this file
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_killed_run_is_resumed(tmp_path: Path) -> None:
     """After a kill the partial rows can be seen, the child has ended, and the same command completes the run."""
-    output = tmp_path / "learning.csv"
+    output, script, go_on = tmp_path / "learning.csv", tmp_path / "waiting.py", tmp_path / "go_on"
+    script.write_text(WAITING)
     command = arguments(output, "--steps", "1600", "--eval-every", "200", algorithms="sac")
     folder = records.partial_folder(output)
     paths = os.pathsep.join([str(REPOSITORY), *sys.path])
     process = subprocess.Popen(
-        [sys.executable, "-m", "sb3_agpo.benchmark", *command],
+        [sys.executable, str(script), str(go_on), *command],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.DEVNULL,
     )
     try:
-        wait_for(lambda: len(records.read_all(output)) >= 1)
+        wait_for(lambda: len(records.read_all(output)) >= 2)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
+        go_on.touch()
     (partial,) = folder.glob("*.csv")
 
     def lock_is_free() -> bool:
@@ -229,7 +257,7 @@ def test_killed_run_is_resumed(tmp_path: Path) -> None:
     wait_for(lock_is_free)
     assert not output.exists()
     left = records.read_all(output)
-    assert 1 <= len(left) < 8
+    assert [row["steps"] for row in left] == ["200", "400"]
     assert main(command) == 0
     rows = records.read_rows(output)
     assert [int(row["steps"]) for row in rows] == list(range(200, 1601, 200))
@@ -521,42 +549,55 @@ def test_evaluation_is_the_same_for_all() -> None:
     assert evaluator.play_random(3, 4) == evaluator.play_random(3, 4) != evaluator.play_random(4, 4)
 
 
-def burn(seconds: float) -> None:
-    """Use the processor."""
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
+class Times:
+    """Clocks of the learning clock, which a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = self.cpu = 0.0
+        named = SimpleNamespace(perf_counter=lambda: self.wall, process_time=lambda: self.cpu)
+        monkeypatch.setattr(clock_module, "time", named)
+
+    def compute(self, seconds: float) -> None:
+        """Use the processor."""
+        self.wall += seconds
+        self.cpu += seconds
+
+    def sleep(self, seconds: float) -> None:
+        """Use nothing."""
+        self.wall += seconds
 
 
-def test_clock_leaves_out_what_is_paused() -> None:
+def test_clock_leaves_out_what_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what lies between start and stop counts; sleeping is wall-clock time only."""
-    env = make_vec_env("Pendulum-v1")
-    clock = LearningClock(env)
+    times, clock = Times(monkeypatch), LearningClock(make_vec_env("Pendulum-v1"))
+    times.compute(8.0)
     clock.start()
-    burn(0.05)
-    time.sleep(0.1)
+    times.compute(0.5)
+    times.sleep(1.0)
     clock.stop()
-    burn(0.2)
+    times.compute(2.0)
     clock.stop()
-    seconds, cpu_seconds = clock.read()
-    assert seconds >= 0.15
-    assert 0.05 <= cpu_seconds < 0.1
+    assert clock.read() == (1.5, 0.5)
 
 
 def test_evaluations_take_no_learning_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow an evaluation is, times and returns of the run do not show it."""
+    times, sample_action = Times(monkeypatch), SAC._sample_action
 
     def slow(evaluator: Evaluator, model: Any, episodes: int) -> list[float]:
-        burn(1.0)
+        times.compute(100.0)
         return [0.0] * episodes
 
+    def slow_action(*args: Any, **kwargs: Any) -> Any:
+        times.compute(0.5)
+        return sample_action(*args, **kwargs)
+
     monkeypatch.setattr(Evaluator, "play_model", slow)
+    monkeypatch.setattr(SAC, "_sample_action", slow_action)
     spec = find_algorithm("sac", overrides={"policy_kwargs.net_arch": [4], "learning_starts": 1000})
     rows: list[dict[str, Any]] = []
     learn(plan_of(spec, 60, 20), spec, rows.append)
-    assert len(rows) == 3
-    assert rows[-1]["seconds"] < 2.0  # three evaluations take three
-    assert rows[-1]["cpu_seconds"] < 0.5
+    assert [(row["seconds"], row["cpu_seconds"]) for row in rows] == [(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)]
 
 
 class Busy(gym.Wrapper[Any, Any, Any, Any]):
@@ -564,7 +605,9 @@ class Busy(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> Any:
         """Take a step."""
-        burn(0.1)
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
         return self.env.step(action)
 
 
@@ -579,4 +622,4 @@ def test_clock_counts_environment_processes() -> None:
     env.step(np.zeros((2, 1), dtype=np.float32))
     clock.stop()
     env.close()
-    assert clock.read()[1] >= 0.15
+    assert clock.read()[1] >= 0.3  # the system counts in hundredths

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -120,7 +121,7 @@ def test_table(finished: Run) -> None:
     assert finished.number("last evaluation") == pytest.approx(returns[-1], abs=0.051)
     assert finished.number("environment steps") == STEPS
     assert finished.number("simulator calls") == progress["time/simulator_calls"][-1] > 2 * STEPS
-    assert finished.number("seconds") >= progress["time/learning_seconds"][-1]
+    assert finished.number("seconds") >= round(progress["time/learning_seconds"][-1], 1)  # as it is printed
     # An untouched pendulum stands some steps, one pushed at random falls at once
     assert 1 <= finished.number("random policy") < 30
 
@@ -271,13 +272,12 @@ def test_interrupted_run_is_saved(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, *sys.path])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         progress = tmp_path / "demo" / "progress.csv"
         while not (progress.exists() and progress.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        time.sleep(1)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == EXIT_INTERRUPTED, errors
@@ -297,7 +297,13 @@ def test_budget() -> None:
 
 def test_evaluations_leave_time_to_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations that take long become rare where the time is limited: the first and the last one are all there is."""
-    make_model = demo.make_model
+    make_model, now = demo.make_model, 0.0
+
+    def clock() -> float:
+        """A clock on which a hundredth of a second passes each time that somebody looks."""
+        nonlocal now
+        now += 0.01
+        return now
 
     def make_learning_model(options: argparse.Namespace) -> AGPO:
         model = make_model(options)
@@ -305,9 +311,11 @@ def test_evaluations_leave_time_to_learn(tmp_path: Path, monkeypatch: pytest.Mon
         return model
 
     def play_slowly(*_: object) -> list[float]:
-        time.sleep(0.3)
+        nonlocal now
+        now += 0.3
         return [1.0]
 
+    monkeypatch.setattr(demo_training, "time", SimpleNamespace(perf_counter=clock))
     monkeypatch.setattr(demo, "make_model", make_learning_model)
     monkeypatch.setattr(Evaluator, "play_model", play_slowly)
     run = run_demo(tmp_path / "demo", "--minutes", "0.02")

@@ -85,8 +85,8 @@ def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("STEPS", "1200")
     notebook = nbformat.read(EXAMPLES / "first_look.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    named = {"kernel_name": "python3", "resources": {"metadata": {"path": str(tmp_path)}}}
+    nbclient.NotebookClient(notebook, timeout=1200, startup_timeout=600, **named).execute()
     assert (tmp_path / "learning_curve.png").exists() and (tmp_path / "gradients.png").exists()
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
     assert "1200 environment steps" in printed

@@ -204,10 +204,11 @@ def test_a_thousand_resets_in_a_row() -> None:
     model = small_model(make_vec_env("InvertedPendulum-v5", 2)).learn(60)
     env = model.get_env()
     assert env is not None
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     for _ in range(1000):
         assert np.isfinite(env.reset()).all()
-    assert threading.active_count() == threads and max(env.get_attr("agpo_n_recorded")) <= model.rollout_buffer.n_pending
+    assert set(threading.enumerate()) <= threads
+    assert max(env.get_attr("agpo_n_recorded")) <= model.rollout_buffer.n_pending
     model.learn(60, reset_num_timesteps=False)
     assert finite_weights(model)
 
@@ -288,34 +289,48 @@ def test_replay_buffer_of_a_closed_environment(tmp_path: Path) -> None:
     assert other.learn(60).replay_buffer.size() == 60  # type: ignore[union-attr]
 
 
-class Slow(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment in whose steps there is time enough for an interrupt."""
+class Waiting(gym.Wrapper[Any, Any, Any, Any]):
+    """
+    An environment that waits for a file in one of its steps, in which there is time enough for an interrupt.
+
+    :param folder: of the file ``go_on``, and of ``begun``, which it writes before it waits
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], folder: Path) -> None:
+        super().__init__(env)
+        self.begun, self.go_on, self.n_taken = folder / "begun", folder / "go_on", 0
 
     def step(self, action: Any) -> Any:
-        """Step, slowly."""
-        time.sleep(0.05)
+        """Step, the 21st time when it may go on."""
+        self.n_taken += 1
+        if self.n_taken == 21:
+            self.begun.touch()
+            while not self.go_on.exists():
+                time.sleep(0.01)
         return self.env.step(action)
 
 
 def test_an_interrupt_inside_a_step_of_workers(_orphans: list[VecEnv], tmp_path: Path) -> None:
     """It reaches this process alone, as ``kill -INT`` does: the workers still owe an answer, and no other is to be read."""
-    env = SubprocVecEnv([lambda: Slow(gym.make("InvertedPendulum-v5"))] * 2)
+    env = SubprocVecEnv([lambda: Waiting(gym.make("InvertedPendulum-v5"), tmp_path)] * 2)
     _orphans.append(env)
     model = small_model(env)
 
-    class Interrupt(BaseCallback):
-        def _on_step(self) -> bool:
-            if self.n_calls == 20:
-                here = threading.main_thread().ident
-                threading.Timer(0.02, signal.pthread_kill, (here, signal.SIGINT)).start()
-            return True
+    def interrupt(here: int) -> None:
+        while not ((tmp_path / "begun").exists() and env.waiting):  # for the workers, which wait for the file
+            time.sleep(0.01)
+        signal.pthread_kill(here, signal.SIGINT)
 
+    thread = threading.Thread(target=interrupt, args=(threading.get_ident(),), daemon=True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # libraries of other tests may have put theirs
     try:
         with pytest.raises(KeyboardInterrupt):
-            model.learn(1000, callback=Interrupt())
+            thread.start()
+            model.learn(1000)
     finally:
         signal.signal(signal.SIGINT, before)
+        (tmp_path / "go_on").touch()
+    assert model.num_timesteps == 40
     model.save_replay_buffer(tmp_path / "buffer")
     with pytest.raises(RuntimeError, match="interrupted inside a step"):
         model.learn(100, reset_num_timesteps=False)

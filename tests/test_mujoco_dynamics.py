@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import signal
-import time
 import tomllib
 import warnings
 from pathlib import Path
@@ -20,9 +19,10 @@ from dynamics_reference import (
     STOCK,
     assert_agree,
     assert_same_bits,
-    count_threads,
+    count_new_threads,
     everything_of,
     play,
+    running_threads,
     slow_derivatives,
     stock,
 )
@@ -360,7 +360,7 @@ def test_the_end_of_an_episode_is_no_slope_of_the_reward() -> None:
 
 
 @pytest.mark.parametrize("task", ["half_cheetah", "humanoid"])
-def test_divergence_is_marked_and_leaves_neighbours_alone(task: str) -> None:
+def test_divergence_is_marked_and_leaves_neighbours_alone(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     live = play(stock(task), 10)
     dynamics = MujocoDynamics(live, ONE)
     states, actions, _ = collect(live, dynamics, 6)
@@ -369,11 +369,13 @@ def test_divergence_is_marked_and_leaves_neighbours_alone(task: str) -> None:
     velocities = slice(1 + live.model.nq, 1 + live.model.nq + live.model.nv)
     wild = states.copy()
     wild[1, velocities], wild[2, velocities], wild[4, velocities] = 1e9, np.nan, 1e30
-    start = time.perf_counter()
-    with warnings.catch_warnings():
+    stepped, step = [], mujoco.mj_step
+    with warnings.catch_warnings(), monkeypatch.context() as patch:
         warnings.simplefilter("error")
+        patch.setattr(mujoco, "mj_step", lambda *arguments: (stepped.append(arguments), step(*arguments)))
         d = dynamics.differentiate(wild, actions)
-    assert time.perf_counter() - start < 5.0  # one row with NaN may take 0.1 s
+    # One row with NaN may take 0.1 s: where rows are stepped one by one, each wild transition is left after the first
+    assert len(stepped) == (3 * dynamics.perturbations.n_rows + 3 if isinstance(dynamics._stepper, DataStepper) else 0)
     np.testing.assert_array_equal(d.valid, [True, False, False, True, False, True])
     for field in (d.A, d.B, d.C, d.next_C, d.O_x, d.O_a, d.r_x, d.r_a):
         assert not field[[1, 2, 4]].any()
@@ -454,18 +456,18 @@ def test_the_interface_is_met() -> None:
 @pytest.mark.parametrize("task", ["hopper", "reacher"])
 def test_threads_start_late_and_stop(task: str) -> None:
     live = play(stock(task), 3)
-    before = count_threads()
+    before = running_threads()
     dynamics = MujocoDynamics(live, FiniteDifferences(threads=3))
-    assert count_threads() == before
+    assert running_threads() <= before
     arguments = dynamics.get_state()[None], live.action_space.sample()[None]
     expected = dynamics.differentiate(*arguments)
-    assert count_threads() > before
+    assert 0 < count_new_threads(before, most=3) <= 3
     dynamics.close()
-    assert count_threads() == before
+    assert count_new_threads(before, most=0) == 0
     assert_same_bits(dynamics.differentiate(*arguments), expected)  # starts them again
-    assert count_threads() > before
+    assert 0 < count_new_threads(before, most=3) <= 3
     del dynamics
-    assert count_threads() == before
+    assert count_new_threads(before, most=0) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
@@ -479,7 +481,7 @@ def test_threads_start_anew_in_a_forked_process(task: str) -> None:
     for first in (dynamics.close, lambda: None):
         child = os.fork()
         if child == 0:  # which must not come back into pytest
-            signal.alarm(20)  # ends it if it waits for ever
+            signal.alarm(240)  # ends it if it waits for ever
             first()
             again = [dynamics.differentiate(*arguments) for _ in range(2)]
             dynamics.close()

@@ -349,6 +349,7 @@ def test_reset_without_options() -> None:
 @pytest.mark.parametrize("share", [False, True])
 def test_cnn_policy(share: bool) -> None:
     env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+    env.observation_space.seed(0)  # which it draws from, and SB3 does not seed
     kwargs = {"features_extractor_kwargs": {"features_dim": 8}, "share_features_extractor": share}
     model = small_model(env, "CnnPolicy", kwargs, buffer_size=40, learning_starts=5, batch_size=4)
     assert (model.actor.features_extractor is model.critic.features_extractor) == share
@@ -917,6 +918,7 @@ def test_other_replay_buffers_and_normalised_ones_keep_double_precision() -> Non
 
 def test_learns_identity_with_critic_alone() -> None:
     env = IdentityEnvBox(eps=0.5)
+    env.observation_space.seed(0)  # which it draws from, and SB3 does not seed
     model = small_model(
         env,
         policy_kwargs={"net_arch": [64, 64]},

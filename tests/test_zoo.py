@@ -55,7 +55,7 @@ def python(*arguments: str, **variables: str) -> str:
     :return: what it printed
     """
     environment = {**os.environ, "PYTHONPATH": str(Path(sb3_agpo.__file__).parents[1]), **variables}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -299,7 +299,7 @@ def renderer() -> str:
     for candidate in ("egl", "osmesa"):
         command = [sys.executable, "-c", code]
         if not subprocess.run(
-            command, env={**os.environ, "MUJOCO_GL": candidate}, capture_output=True, timeout=300
+            command, env={**os.environ, "MUJOCO_GL": candidate}, capture_output=True, timeout=1200
         ).returncode:
             return candidate
     pytest.skip("MuJoCo can draw neither with EGL nor with OSMesa on this machine")
@@ -308,7 +308,7 @@ def renderer() -> str:
 def test_record_training(logs: Path, renderer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`record_training` starts `record_video` in new processes, which know AGPO, and joins the videos."""
     probe = [sys.executable, "-c", PROBE_DRAWTEXT]
-    if subprocess.run(probe, capture_output=True, timeout=300).returncode:
+    if subprocess.run(probe, capture_output=True, timeout=1200).returncode:
         pytest.skip("ffmpeg finds no font to label videos with")
     folder = logs / "agpo" / f"{ENVIRONMENT}_1"
     for name in ("best_model.zip", "rl_model_100_steps.zip"):

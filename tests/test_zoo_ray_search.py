@@ -1,10 +1,10 @@
 """The zoo's search with its trials on a real Ray cluster of this machine."""
 
+import functools
 import os
 import signal
-import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -14,7 +14,8 @@ from zoo_runs import QUICK, SMALL
 from sb3_agpo.zoo.scripts import main
 
 pytest.importorskip("ray")
-from sb3_agpo.zoo.ray_search import absolute_storage, open_storage  # needs Ray
+from sb3_agpo.zoo import ray_search  # needs Ray
+from sb3_agpo.zoo.ray_search import absolute_storage, open_storage
 
 
 @pytest.fixture(autouse=True)
@@ -32,34 +33,32 @@ def command(journal: Path, *changes: str) -> list[str]:
     ]  # fmt: skip
 
 
-def kill_a_worker(journal: Path, killed: list[int]) -> None:
-    """Wait until a trial runs, and kill a worker of the cluster."""
-    import psutil
-
-    while not (journal.exists() and '"worker":' in journal.read_text()):
-        time.sleep(0.01)
-    workers = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::remote_trial")]
-    os.kill(workers[0].pid, signal.SIGKILL)
-    killed.append(workers[0].pid)
-
-
 @pytest.mark.slow
-def test_trial_of_a_killed_worker_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trial_of_a_killed_worker_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All trials are there in the end, and the one that was cut off does not count as running."""
-    pytest.importorskip("psutil")
-    journal = tmp_path / "study.log"
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_a_worker, args=(journal, killed), daemon=True)
-    killer.start()
+    journal, remote_trial = tmp_path / "study.log", ray_search.remote_trial
+
+    def killed_once(folder: Path, arguments: list[str], worker: str) -> None:
+        """Do a trial; the worker of the first one is killed when its agent is to learn."""
+        if worker.endswith("-0"):
+            from sb3_agpo import AGPO
+
+            def learn(*_: Any, **__: Any) -> None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            AGPO.learn = learn  # type: ignore[assignment, method-assign]
+        remote_trial(folder, arguments, worker)
+
+    monkeypatch.setattr(ray_search, "remote_trial", killed_once)
     assert main(command(journal, "--n-trials", "2", "--processes", "1")) == 0
-    killer.join(timeout=5)
-    assert len(killed) == 1
     output = capsys.readouterr().out
     assert output.count("attempt 2 of 3") == 1 and "(2 of 2)" in output and "train with --trial-id" in output
     trials = optuna.load_study(study_name="agpo", storage=open_storage(str(journal))).trials
     states = [trial.state for trial in trials]
     assert sorted(states) == sorted([TrialState.FAIL, *[TrialState.COMPLETE] * 2])
-    drawn = [trial.params["learning_rate"] for trial in trials if "learning_rate" in trial.params]
+    drawn = [trial.params["learning_rate"] for trial in trials]
     assert len(set(drawn)) == len(drawn)  # each with a seed of its own
     assert not (tmp_path / "logs").exists()  # where `enjoy` would look for an agent
 
@@ -101,7 +100,12 @@ def test_wrong_options(changes: list[str], message: str, tmp_path: Path, capsys:
 def test_what_cannot_be_reached(
     changes: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray._private import services
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # "auto" would find the cluster of another test that runs at the same time
+    monkeypatch.setattr(services, "find_gcs_addresses", functools.cache(set))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)
     assert main([*command(tmp_path / "study.log", "--n-trials", "1"), *changes]) == 2
     assert f"error: {changes[0]}" in (printed := capsys.readouterr().err) and message in printed
 

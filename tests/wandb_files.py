@@ -25,7 +25,7 @@ class Offline:
     def __init__(self, folder: Path) -> None:
         (self.file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
         self.files = self.file.parent / "files"
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 600.0
         self.records = list(read_records(self.file))
         while not self.records[-1:] or not self.records[-1].HasField("exit"):  # wandb's own process is still writing
             assert time.monotonic() < deadline, f"{self.file} has no end"
