@@ -19,6 +19,7 @@ from sb3_agpo.benchmark.__main__ import main
 from sb3_agpo.benchmark.fidelity_metrics import PolicyPullback, ReferenceQuality, agreement, cosine, reference_quality
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 from sb3_agpo.benchmark.fidelity_rollouts import BatchSimulator, VisitedStates, discounted_returns, visit_states
+from sb3_agpo.benchmark.fidelity_table import AS_SAVED, overview, split
 from sb3_agpo.benchmark.fidelity_windows import (
     ANALYTIC,
     CORRECTED,
@@ -30,6 +31,7 @@ from sb3_agpo.benchmark.fidelity_windows import (
     make_recorder,
     play_windows,
 )
+from sb3_agpo.benchmark.records import Row
 from sb3_agpo.benchmark.reference_gradient import (
     Perturbation,
     ReferenceGradient,
@@ -361,6 +363,7 @@ def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert int(rows[0]["reference_simulator_calls"]) == 5 * 24 * 3
     text = capsys.readouterr().out
     assert output.with_suffix(".md").read_text().strip() == text.strip()
+    assert text.startswith("### Overview") and text.count("### ") == 3
     assert text.count("| disagreement |") == 4 and f"{TASK}, AGPO after 60 steps (agpo.zip)" in text
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -374,6 +377,32 @@ def test_command(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = fidelity_records.read(output)
     assert len(rows) == 2 * per_model + 2
     assert rows[-1]["variance"] == rows[-1]["bias_squared"] == ""  # one window tells them not apart
+
+
+def estimate(model: str, method: str, horizon: int, windows: int, *cosines: float, step: str = "default") -> Row:
+    """A row of the CSV file, of which only what an overview shows is filled."""
+    text = dict.fromkeys(fidelity_records.COLUMNS, "") | {"split_half": "0.9", "parameter_split_half": "0.8"}
+    text |= {"env": TASK, "algorithm": "AGPO", "steps": "50", "critics": AS_SAVED, "model": model, "method": method}
+    text |= {"horizon": str(horizon), "windows": str(windows), "difference_step": step if windows else ""}
+    return text | dict(zip(("action_cosine", "parameter_cosine"), map(str, cosines), strict=True))
+
+
+def test_overview() -> None:
+    """One line per model, one column per estimator by single windows; what was not measured is empty."""
+    first = [estimate("a.zip", CRITIC, 0, 0, 0.1, 0.2), estimate("a.zip", ANALYTIC, 2, 1, 0.3, -0.4)]
+    averaged = estimate("a.zip", ANALYTIC, 2, 6, 0.99, 0.99)
+    second = [estimate("b.zip", CRITIC, 0, 0, 0.5, 0.6), estimate("b.zip", ANALYTIC, 2, 1, 0.7, 0.8, step="0.03")]
+    lines = overview(split([*first, averaged, *second])).splitlines()
+    name = f"{TASK}, AGPO after 50 steps"
+    assert [line for line in lines if line.startswith("| ") and "---" not in line] == [
+        "| model | reference | critic | analytic H=2 | analytic H=2, 0.03 |",
+        f"| {name} (a.zip) | 0.90 | 0.10 | 0.30 | – |",
+        f"| {name} (b.zip) | 0.90 | 0.50 | – | 0.70 |",
+        "| model | reference | critic | analytic H=2 | analytic H=2, 0.03 |",
+        f"| {name} (a.zip) | 0.80 | 0.20 | -0.40 | – |",
+        f"| {name} (b.zip) | 0.80 | 0.60 | – | 0.80 |",
+    ]
+    assert overview(split(first)) == ""
 
 
 def test_refit(files: Path) -> None:

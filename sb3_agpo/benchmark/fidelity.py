@@ -27,7 +27,7 @@ from sb3_agpo.benchmark.fidelity_metrics import Agreement, PolicyPullback, agree
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 from sb3_agpo.benchmark.fidelity_refit import load_with_buffer, refit
 from sb3_agpo.benchmark.fidelity_rollouts import BatchSimulator, visit_states
-from sb3_agpo.benchmark.fidelity_table import AS_SAVED, markdown, split, title
+from sb3_agpo.benchmark.fidelity_table import AS_SAVED, markdown, overview, split, title
 from sb3_agpo.benchmark.fidelity_windows import (
     ANALYTIC,
     CORRECTED,
@@ -326,7 +326,7 @@ def main(options: argparse.Namespace) -> int:
             fidelity_records.merge(options.output, new)
             rows += new
     groups = split(rows)
-    text = "\n".join(markdown(group) for group in groups)
+    text = "\n".join([*filter(None, [overview(groups)]), *(markdown(group) for group in groups)])
     records.replace_file(options.output.with_suffix(".md"), text)
     panels = [fidelity_figures.Panel(title(group[0]), group) for group in groups]
     fidelity_figures.fidelity(panels, options.output.with_suffix(".png"))

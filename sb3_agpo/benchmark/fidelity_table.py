@@ -1,10 +1,11 @@
-"""Markdown table of the fidelity benchmark."""
+"""Markdown tables of the fidelity benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from sb3_agpo.benchmark.fidelity_metrics import ReferenceQuality
+from sb3_agpo.benchmark.fidelity_windows import DEFAULT_STEP
 from sb3_agpo.benchmark.records import Row
 from sb3_agpo.benchmark.tables import NONE, table
 
@@ -48,6 +49,39 @@ def markdown(rows: Sequence[Row]) -> str:
         f"size. {int(first['reference_simulator_calls']):,} simulated steps, {float(first['reference_seconds']):.0f} s."
     )
     return f"### {title(first)}\n\n{about}\n\n{table(head, lines)}"
+
+
+def overview(groups: Sequence[Sequence[Row]]) -> str:
+    """
+    Tables of several models side by side: cosines of single windows with the reference, one column for each estimator.
+
+    :param groups: rows of the CSV file, a group for each model with one set of critics
+    :return: Markdown, empty for a single group
+    """
+    if len(groups) < 2:
+        return ""
+    single = [{_column(row): row for row in group if int(row["windows"]) <= 1} for group in groups]
+    columns = list(dict.fromkeys(column for rows in single for column in rows))
+    parts = ["### Overview\n"]
+    for of, cosine, reference in (
+        ("dJ/da", "action_cosine", "split_half"),
+        ("the gradient of the policy's parameters", "parameter_cosine", "parameter_split_half"),
+    ):
+        parts.append(f"Cosines with the reference of {of}, by single windows; *reference* is that of its two halves.\n")
+        lines = []
+        for (first, *_), rows in zip(groups, single, strict=True):
+            cosines = [_number(rows[column][cosine]) if column in rows else NONE for column in columns]
+            lines.append([title(first), _number(first[reference]), *cosines])
+        parts.append(table(["model", "reference", *columns], lines))
+    return "\n".join(parts)
+
+
+def _column(row: Row) -> str:
+    """Name an estimator in the head of a table."""
+    if int(row["windows"]) == 0:
+        return row["method"]
+    step = "" if row["difference_step"] == DEFAULT_STEP else f", {row['difference_step']}"
+    return f"{row['method']} H={row['horizon']}{step}"
 
 
 def title(row: Row) -> str:
