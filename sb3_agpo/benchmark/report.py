@@ -24,7 +24,7 @@ from sb3_agpo.benchmark.tables import NONE, estimated_mean, estimated_score, hig
 #: AGPO among the others: with and without gradient matching
 MAIN_VARIANTS = ("agpo-adaptive", "agpo-adaptive-nomatch")
 
-#: learning curves of the algorithms that ``--page`` summarises
+#: learning curves beside the summary of ``--page``: of all algorithms but variants, those with few runs included
 SUMMARY_PICTURE = "learning_summary.png"
 
 REACHED_TABLES = {
