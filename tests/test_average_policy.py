@@ -92,3 +92,29 @@ def test_averaging_changes_nothing_in_training(use_sde: bool) -> None:
     for name in ("actor", "critic"):
         first, second = (getattr(model, name).parameters() for model in models)
         assert all(th.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_loading_the_actor_alone_begins_the_average_anew() -> None:
+    """Weights of SAC or of a cloned policy: evaluations show them, not an average that was never one of them."""
+    obs = np.ones((1, 3), dtype=np.float32)
+    trained, other = small_model("Pendulum-v1", seed=1).learn(40), small_model("Pendulum-v1", seed=2).learn(40)
+    weights = {k: v for k, v in trained.policy.state_dict().items() if not k.startswith("average_actor.")}
+    other.policy.load_state_dict(weights, strict=False)
+    with th.no_grad():
+        expected = trained.actor(th.as_tensor(obs), deterministic=True).numpy()
+    assert np.allclose(other.predict(obs, deterministic=True)[0], other.policy.unscale_action(expected))
+    average = [weights.clone() for weights in trained._average_parameters]
+    trained.policy.load_state_dict({k: v for k, v in weights.items() if k.startswith("critic")}, strict=False)
+    trained.predict(obs, deterministic=True)
+    assert all(map(th.equal, average, trained._average_parameters)), "critics have no part in it"
+
+
+def test_a_loaded_model_that_was_not_trained_follows_its_actor(tmp_path: Path) -> None:
+    small_model("Pendulum-v1", seed=1).save(tmp_path / "model")
+    model = AGPO.load(tmp_path / "model")
+    cloned = small_model("Pendulum-v1", seed=2).actor
+    model.actor.load_state_dict(cloned.state_dict())
+    obs = np.ones((1, 3), dtype=np.float32)
+    with th.no_grad():
+        expected = cloned(th.as_tensor(obs), deterministic=True).numpy()
+    assert np.allclose(model.predict(obs, deterministic=True)[0], model.policy.unscale_action(expected))

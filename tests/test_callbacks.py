@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from small_models import small_model
@@ -24,6 +25,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_agpo import AGPO
+from sb3_agpo.agpo import collection
 
 TASKS = ("InvertedPendulum-v5", "Pendulum-v1")
 
@@ -196,6 +198,64 @@ def test_steps_behind_the_scenes_are_noticed() -> None:
     model = small_model("InvertedPendulum-v5", train_freq=4).learn(100, callback=StepBehindTheScenes())
     # The batch of 16 steps under construction is lost, and none after it
     assert model._valid_history == [True] * 48 + [False] * 16 + [True] * 32
+
+
+@pytest.mark.parametrize("event", ["_on_step", "_on_rollout_start", "_on_rollout_end"])
+def test_the_environment_changes_while_it_is_trained_in(event: str) -> None:
+    """The way of the documentation: derivatives go on with the new options, and none is of the old ones."""
+
+    class Anneal(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+    def change(callback: BaseCallback) -> bool:
+        if callback.num_timesteps in (40, 100):
+            env = callback.training_env
+            env.env_method("set_wrapper_attr", "_ctrl_cost_weight", callback.num_timesteps / 10)
+            callback.model.set_env(env, force_reset=False)
+            changed_at.append(callback.num_timesteps)
+        return True
+
+    changed_at: list[int] = []
+    windows: list[float] = []
+    setattr(Anneal, event, change)
+    model = small_model("HalfCheetah-v5", train_freq=4, rollout_size=16, learning_starts=0)
+    update = model._update_policy_from_windows
+    model._update_policy_from_windows = lambda w: (windows.append(w.valid.float().mean().item()), update(w))[1]  # type: ignore
+    model.learn(200, callback=Anneal())
+    assert changed_at[0] == 40 and changed_at[-1] == 100
+    assert model._valid_history and all(model._valid_history)
+    assert len(windows) >= 9 * model.rollout_epochs and set(windows) == {1.0}
+    model.set_env(model.get_env(), force_reset=False)  # between two calls of `learn`
+    assert model.dynamics is not None and not model._valid_history
+    model.learn(40, reset_num_timesteps=False)
+    assert model._valid_history and all(model._valid_history)
+
+
+def test_too_many_invalid_derivatives_are_forgotten_once_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do; who does it must not get the same error again."""
+    monkeypatch.setattr(collection, "INVALID_WINDOW", 100)
+    env = gym.make("InvertedPendulum-v5")
+    model = small_model(env).learn(96)
+    env.unwrapped.model.opt.gravity[2] = -5.0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="of the last 100 simulator derivatives"):
+        model.learn(200, reset_num_timesteps=False)
+    model.set_env(model.get_env(), force_reset=False)
+    model.learn(200, reset_num_timesteps=False)
+    assert len(model._valid_history) == 100 and all(model._valid_history)
+
+
+def test_rewards_that_a_callback_changes_have_other_derivatives() -> None:
+    """An intrinsic reward, as users of SB3 add it: what is known is the derivative of another reward."""
+
+    class Intrinsic(BaseCallback):
+        def _on_step(self) -> bool:
+            if 40 < self.num_timesteps <= 72:
+                self.locals["rewards"] += 1.0
+            return True
+
+    model = small_model("InvertedPendulum-v5", train_freq=4).learn(112, callback=Intrinsic())
+    assert model._valid_history == [True] * 40 + [False] * 32 + [True] * 40
 
 
 def test_experience_before_training(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import small_model
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_agpo import AGPO
@@ -140,6 +141,27 @@ def test_several_updates_at_once_with_dictionaries() -> None:
     env = TwoNumbers(gym.make("MountainCarContinuous-v0"))
     model = small_model(env, policy="MultiInputPolicy", gradient_steps=6).learn(40)
     assert model._n_updates > 0 and all(parameter.isfinite().all() for parameter in model.policy.parameters())
+
+
+class InHalves(ReplayBuffer):
+    """Old experience first, then new, as buffers that join demonstrations or relabelled goals return it."""
+
+    def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
+        """Half of the transitions from each half of the memory."""
+        middle, half = self.size() // 2, batch_size // 2
+        old, new = np.random.randint(0, middle, half), np.random.randint(middle, self.size(), batch_size - half)
+        samples = self._get_samples(np.concatenate([old, new]), env)
+        return samples._replace(rewards=(th.arange(batch_size) >= half).float().unsqueeze(-1))
+
+
+def test_batches_are_those_of_a_replay_buffer_of_ones_own() -> None:
+    """Each critic update has the mixture that the buffer made."""
+    model = small_model("Pendulum-v1", replay_buffer_class=InHalves, gradient_steps=4, ent_coef=0.0)
+    shares: list[float] = []
+    update = model._update_critic
+    model._update_critic = lambda batch: (shares.append(batch.rewards.mean().item()), update(batch))[1]  # type: ignore
+    model.learn(60)
+    assert len(shares) >= 40 and set(shares) == {0.5}
 
 
 def test_at_once_or_one_by_one_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

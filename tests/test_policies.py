@@ -457,6 +457,29 @@ def test_an_actor_that_samples_by_itself_is_asked() -> None:
     assert OwnSampling.n_calls > 30
 
 
+def test_returns_are_not_cut_by_a_gaussian_that_does_not_act() -> None:
+    """An actor that samples by itself may have none, or one that says nothing about its actions."""
+
+    class WithoutGaussian(OwnSampling):
+        def get_action_dist_params(self, obs: Any) -> Any:
+            raise AssertionError("nobody samples from it")
+
+        def forward(self, obs: Any, deterministic: bool = False) -> th.Tensor:
+            return th.tanh(self.mu(self.latent_pi(self.extract_features(obs, self.features_extractor))))
+
+        def action_log_prob(self, obs: Any) -> tuple[th.Tensor, th.Tensor]:
+            actions = self(obs)
+            return actions, actions.sum(-1)
+
+    class Policy(OwnSamplingPolicy):
+        def make_actor(self, features_extractor: Any = None) -> Actor:
+            arguments = self._update_features_extractor(self.actor_kwargs, features_extractor)
+            return WithoutGaussian(**arguments).to(self.device)
+
+    model = AGPO(Policy, "Pendulum-v1", learning_starts=10, policy_kwargs={"net_arch": [8]}, seed=0).learn(40)
+    assert model.n_steps == 3 and model._n_updates > 0
+
+
 def test_critics_of_another_kind_are_refused() -> None:
     class Plain(AGPOPolicy):
         def make_critic(self, features_extractor: Any = None) -> Any:

@@ -977,6 +977,31 @@ def test_opaque_vec_wrappers(wrap: Callable[[VecEnv], VecEnv], name: str, opened
     assert inner.env_is_wrapped(RecorderWrapper) == [False]
 
 
+def _with_a_method(kind: type[VecEnv], name: str) -> type[VecEnv]:
+    def method(self: Any, *args: Any) -> Any:
+        return getattr(super(own, self), name)(*args)
+
+    own = type("Own", (kind,), {name: method})
+    return own
+
+
+@pytest.mark.parametrize("method", ["step_async", "step_wait", "reset"])
+@pytest.mark.parametrize("kind", [DummyVecEnv, SubprocVecEnv, MujocoVecEnv])
+def test_vectorised_environments_with_steps_of_their_own(
+    kind: type[VecEnv], method: str, opened: Callable[[VecEnv], VecEnv]
+) -> None:
+    """A subclass may change what the agent sees, does and gets; one that adds something else may not."""
+
+    def attach(subclass: Any) -> ProviderReport:
+        fns = [lambda: Monitor(gym.make("InvertedPendulum-v5"))]
+        env = subclass("InvertedPendulum-v5", 1) if kind is MujocoVecEnv else subclass(fns)
+        return attach_dynamics(opened(env), FiniteDifferences())[1]
+
+    reason = "Own has steps or resets of its own, which cannot be differentiated through"
+    assert attach(_with_a_method(kind, method)) == ProviderReport("none", reason)
+    assert attach(_with_a_method(kind, "seed")).kind == "mujoco"
+
+
 def test_without_derivatives_nothing_is_changed(opened: Callable[[VecEnv], VecEnv]) -> None:
     env = opened(DummyVecEnv([lambda: gym.make("Pendulum-v1"), lambda: gym.make("Pendulum-v1").unwrapped]))
     before = list(env.envs)  # type: ignore[attr-defined]

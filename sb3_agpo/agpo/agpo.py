@@ -33,7 +33,15 @@ from sb3_agpo.agpo.collection import AUTOMATIC_BUFFERS, DifferentiableOffPolicyA
 from sb3_agpo.agpo.gates import DEFAULT_GATE, ConstantGate, Gate
 from sb3_agpo.agpo.gradient_correction import correction_samples, make_gradient_correction
 from sb3_agpo.agpo.n_step import sample_n_step
-from sb3_agpo.agpo.policies import Actor, AGPOPolicy, CnnPolicy, EnsembleCritic, MlpPolicy, MultiInputPolicy
+from sb3_agpo.agpo.policies import (
+    Actor,
+    AGPOPolicy,
+    CnnPolicy,
+    EnsembleCritic,
+    MlpPolicy,
+    MultiInputPolicy,
+    samples_by_itself,
+)
 from sb3_agpo.agpo.rollout_buffer import RolloutWindows
 from sb3_agpo.agpo.updates import (
     CriticBatch,
@@ -55,7 +63,7 @@ N_STEPS = 3
 POLICY_DELAY_BESIDE_WINDOWS = 8
 #: learning rate of the critics by default, in learning rates of the policy
 CRITIC_LEARNING_RATE_FACTOR = 2.0
-#: critic updates whose batches are drawn at once
+#: critic updates whose batches are drawn at once, from SB3's own replay buffers
 BATCHES_AT_ONCE = 4
 #: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
 AVERAGED_POLICY = 20
@@ -106,7 +114,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
     :param target_entropy: entropy that a learned temperature aims at; "auto" for minus the number of action dimensions
     :param trace_distance: the critics' return ends before an action further than this from what the policy of now does, in
         its standard deviations (see :func:`~sb3_agpo.agpo.n_step.sample_n_step`); infinity for SB3's return, which never
-        ends early. It has a meaning for SB3's ``NStepReplayBuffer`` only
+        ends early. It has a meaning for SB3's ``NStepReplayBuffer`` only, and for actors that sample from SB3's Gaussian
     :param gradient_mode: "adaptive" (gated), "analytic" (gate always 1) or "q" (gate always 0) on fresh windows
     :param horizon: steps of a window. Longer windows rely less on the critic, and more on the simulator being smooth;
         usual range 1 to 16
@@ -348,8 +356,10 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         self.policy.begin_average()
         self._update_learning_rates()
         policy_delay = self._current_policy_delay()
-        for first in range(0, gradient_steps, BATCHES_AT_ONCE):
-            for batch in self._sample_for_critic(min(BATCHES_AT_ONCE, gradient_steps - first), batch_size):
+        # The samples of another buffer may have an order, and belong into one batch as they are
+        at_once = BATCHES_AT_ONCE if type(self.replay_buffer) in AUTOMATIC_BUFFERS else 1
+        for first in range(0, gradient_steps, at_once):
+            for batch in self._sample_for_critic(min(at_once, gradient_steps - first), batch_size):
                 self._update_critic(batch)
                 if policy_delay and self._n_updates % policy_delay == 0:
                     self._update_policy_from_replay(batch_size)
@@ -405,7 +415,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         if self._automatic_buffer and isinstance(buffer, NStepReplayBuffer):
             # A callback may have changed them, and the buffer may be a loaded one
             buffer.gamma, buffer.n_steps = self.gamma, self.n_steps
-        if type(buffer) is NStepReplayBuffer and buffer.n_steps > 1 and self.trace_distance < math.inf:
+        cuts_traces = self.trace_distance < math.inf and not samples_by_itself(self.actor)  # whose Gaussian says nothing
+        if type(buffer) is NStepReplayBuffer and buffer.n_steps > 1 and cuts_traces:
             data, trace_length = sample_n_step(buffer, n, self.actor, self.trace_distance, env)
             self._record("trace_length", trace_length)
             return data

@@ -55,6 +55,8 @@ MADE_ANEW = (
     "_statistics",
     "_state_before_rollout",
     "_is_mid_rollout",
+    "_stored_timesteps",
+    "_is_step_unrecorded",
 )
 #: attributes of a model that are not saved as they are, but in another way if at all
 NOT_ATTRIBUTES = (

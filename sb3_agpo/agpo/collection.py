@@ -31,7 +31,7 @@ from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
 from sb3_agpo.agpo.policies import Actor, samples_by_itself
 from sb3_agpo.agpo.rollout_buffer import DerivativeReplayBuffer, DifferentiableRolloutBuffer, Transition
 from sb3_agpo.agpo.updates import gaussian_parameters
-from sb3_agpo.dynamics.interface import absent_derivatives
+from sb3_agpo.dynamics.interface import TransitionDerivatives, absent_derivatives, zero_invalid
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 from sb3_agpo.dynamics.provider import VecDynamics, attach_dynamics
 from sb3_agpo.dynamics.recorder import ProviderReport
@@ -49,6 +49,8 @@ T = TypeVar("T")
 AUTOMATIC_BUFFERS = (ReplayBuffer, DictReplayBuffer, NStepReplayBuffer)
 #: derivatives over which the share of invalid ones is watched
 INVALID_WINDOW = 1000
+#: relative and absolute difference, of single precision and more, up to which two rewards are the same
+REWARD_TOLERANCE = 1e-3
 
 
 class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
@@ -81,6 +83,8 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._earlier_timesteps = 0  # of calls of `learn` before `num_timesteps` was last reset
         self._difference_calls = 0
         self._is_mid_rollout = False
+        self._stored_timesteps: int | None = None  # steps whose transitions have been stored; None outside of `learn`
+        self._is_step_unrecorded = False  # the source of derivatives was attached after the step that is to be stored next
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
@@ -157,14 +161,18 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """
-        Change the environment, see SB3; its source of derivatives is found anew.
+        Change the environment, see SB3; its source of derivatives is found anew, and windows begin anew.
 
         :param env: the new environment
         :param force_reset: reset it before training goes on
         """
         super().set_env(env, force_reset)
         self.rollout_buffer.reset()
+        self._valid_history.clear()
         self._attach_dynamics()
+        if self.dynamics is not None and self._stored_timesteps is not None:  # a callback did it
+            self._is_step_unrecorded = self.num_timesteps > self._stored_timesteps
+            self._record_what_is_needed()
 
     @property
     def simulator_calls(self) -> int:
@@ -249,7 +257,8 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
             normalization=self._vec_normalize_env,
             n_steps=self.num_timesteps,
         )
-        if self.dynamics is None:
+        self._stored_timesteps, is_unrecorded, self._is_step_unrecorded = self.num_timesteps, self._is_step_unrecorded, False
+        if self.dynamics is None or is_unrecorded:
             super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
             return
         observations = self._last_original_obs if self._vec_normalize_env is not None else self._last_obs
@@ -299,6 +308,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
             calls = self.dynamics.simulator_calls
             derivatives = self.dynamics.take(n_pending, by_state)
             self._difference_calls += self.dynamics.simulator_calls - calls
+            derivatives = self._distrust_other_rewards(derivatives)
         else:  # nobody wants them; or somebody else has stepped the environment, so that it is unknown which steps are ours
             derivatives = absent_derivatives(n_pending * self.n_envs, *self._sizes(), self.provider_report.tangent_size)
         if is_needed:
@@ -312,6 +322,13 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         if not self._has_windows_at(self.num_timesteps):
             self.rollout_buffer.reset()
         self._record_what_is_needed()
+
+    def _distrust_other_rewards(self, derivatives: TransitionDerivatives) -> TransitionDerivatives:
+        """Where something above the environment, such as a callback, changed a reward, its derivatives are of another one."""
+        differentiated, stored = derivatives.reward, self.rollout_buffer.pending_rewards()
+        with np.errstate(invalid="ignore"):
+            same = np.isclose(differentiated, stored, rtol=REWARD_TOLERANCE, atol=REWARD_TOLERANCE)
+        return zero_invalid(derivatives._replace(valid=derivatives.valid & same))
 
     def _has_windows_at(self, num_timesteps: int) -> bool:
         """Whether steps collected until then make windows: not if no action was the policy's, or nobody uses them."""
@@ -337,6 +354,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._valid_history = [*self._valid_history, *valid.tolist()][-INVALID_WINDOW:]
         invalid = 1.0 - float(np.mean(self._valid_history))
         if len(self._valid_history) == INVALID_WINDOW and invalid > self.max_invalid_fraction:
+            self._valid_history.clear()  # whoever has helped it gets another try
             own = (
                 "see that the environment keeps what its steps depend on in MuJoCo's data or in attributes of its own, not in "
                 "global variables, in attributes of its class or where no copy of it can follow; "
@@ -347,7 +365,8 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
                 "steps in `finite_differences`, or smaller ones if they make the simulation unstable; call "
                 "`model.set_env(model.get_env(), force_reset=False)` after a change of the environment's options or of the "
                 "simulator's model; check that no callback steps the environment (an "
-                f"evaluation needs one of its own); {own if self.provider_report.kind == 'env_step' else ''}"
+                "evaluation needs one of its own) or changes rewards; "
+                f"{own if self.provider_report.kind == 'env_step' else ''}"
                 'or train with `gradient_mode="q"`, `critic_grad_coef=0`'
             )
 
@@ -376,6 +395,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         noise = None if will_reset else self.action_noise
         noise_process = copy.deepcopy(vars(noise)) if noise is not None else {}
         result = super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._stored_timesteps = self.num_timesteps
         if noise is not None:  # which SB3 begins anew, although the episode goes on
             vars(noise).update(noise_process)
         try:
@@ -415,6 +435,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
                     progress_bar=progress_bar,
                 )
         finally:
+            self._stored_timesteps, self._is_step_unrecorded = None, False
             if self.dynamics is not None:  # steps that others take in the environment need no derivatives
                 self._ask_workers(self.dynamics.pause)
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -391,10 +391,16 @@ class AGPOPolicy(SACPolicy):
         self.begin_average()
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`torch.nn.Module.load_state_dict`."""
-        answer = super().load_state_dict(*args, **kwargs)
-        self.is_averaged = True
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        See :meth:`torch.nn.Module.load_state_dict`. Where only the actor is loaded, the average begins anew with it.
+        """
+        answer = super().load_state_dict(state_dict, *args, **kwargs)
+        if any(name.startswith("average_actor.") for name in state_dict):
+            pairs = zip(self.average_actor.state_dict().values(), self.actor.state_dict().values(), strict=True)
+            self.is_averaged = not all(th.equal(average, current) for average, current in pairs)
+        elif any(name.startswith("actor.") for name in state_dict):
+            self.is_averaged = False
         return answer
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:

@@ -193,6 +193,15 @@ class DifferentiableRolloutBuffer:
         pending = self._transitions[self._n_differentiated :]
         return np.concatenate([transition.terminated for transition in pending])
 
+    def pending_rewards(self) -> FloatArray:
+        """
+        Unnormalised rewards of the pending transitions.
+
+        :return: shape ``(n_pending * n_envs,)``, in the order of :meth:`add_derivatives`
+        """
+        pending = self._transitions[self._n_differentiated :]
+        return np.concatenate([transition.rewards for transition in pending])
+
     def add_derivatives(self, derivatives: TransitionDerivatives) -> list[Transition]:
         """
         Store the derivatives of all pending steps.

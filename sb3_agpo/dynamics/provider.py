@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
+    SubprocVecEnv,
     VecCheckNan,
     VecEnv,
     VecEnvWrapper,
@@ -38,6 +39,10 @@ from sb3_agpo.dynamics.wrappers import inherits_unchanged
 TRANSPARENT_VEC_WRAPPERS = (VecMonitor, VecNormalize, VecCheckNan, VecVideoRecorder)
 #: methods by which a wrapper can change what the agent sees, does and gets
 VEC_WRAPPER_METHODS = ("step_async", "step_wait", "reset", "normalize_obs", "normalize_reward")
+#: vectorised environments that show what their environments return
+KNOWN_VEC_ENVS = (DummyVecEnv, SubprocVecEnv)
+#: methods by which a class derived from one of them could change that
+VEC_ENV_METHODS = ("step_async", "step_wait", "reset")
 
 
 class VecDynamics(Protocol):
@@ -214,11 +219,20 @@ def attach_dynamics(env: VecEnv, differences: FiniteDifferences) -> tuple[VecDyn
         inner = inner.venv
     if n_normalizations > 1:  # SB3 keeps the outermost for the replay buffer, and nobody else knows the scale of the others
         return None, ProviderReport("none", "of two VecNormalize, the inner one's scale is not known; use a single one")
+    if _changes_steps(type(inner)):
+        reason = f"{type(inner).__name__} has steps or resets of its own, which cannot be differentiated through"
+        return None, ProviderReport("none", reason)
     if isinstance(inner, DifferentiableVecEnv):
         return inner.attach_dynamics(differences)
     if isinstance(inner, DummyVecEnv):
         return _attach_here(inner, differences)
     return _attach_elsewhere(inner, differences)
+
+
+def _changes_steps(kind: type) -> bool:
+    """Whether a vectorised environment is derived from one that is known, and may change what the agent sees and gets."""
+    known = next((base for base in kind.__mro__ if base in KNOWN_VEC_ENVS or "attach_dynamics" in vars(base)), kind)
+    return not inherits_unchanged(kind, known, VEC_ENV_METHODS)
 
 
 def _attach_here(env: DummyVecEnv, differences: FiniteDifferences) -> tuple[VecEnvDynamics | None, ProviderReport]:
