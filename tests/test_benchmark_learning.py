@@ -385,6 +385,8 @@ def test_columns_of_ones_own_are_kept(tmp_path: Path, finished: Path) -> None:
         (["--steps", "0"], "--steps is 0"),
         (["--label", "mine"], "names one algorithm, but 2"),
         (["--envs", "NoSuchTask-v0"], "unknown task 'NoSuchTask-v0'"),
+        (["--envs", "no_such_module:Task-v0"], "unknown task 'no_such_module:Task-v0': No module named"),
+        (["--envs", "Blackjack-v1"], "task 'Blackjack-v1' has no time limit"),
         (["--algorithms", "sacc"], "unknown algorithm 'sacc'"),
         (["--set", "lerning_rate=1e-3"], "--set lerning_rate: sac has no such argument; did you mean learning_rate?"),
         (["--set", "x=1"], "--set x: sac has no such argument; choose from policy, learning_rate"),
@@ -623,3 +625,10 @@ def test_clock_counts_environment_processes() -> None:
     clock.stop()
     env.close()
     assert clock.read()[1] >= 0.3  # the system counts in hundredths
+
+
+def test_tasks_of_a_module_and_names_of_their_files() -> None:
+    """As ``gym.make`` takes them: the module registers the task."""
+    learning._check_task(f"gymnasium:{TASK}")
+    assert records.as_file_name("sac-own/Task-v0-0-20.zip") == "sac-own_Task-v0-0-20.zip"
+    assert records.as_file_name(f"agpo-q-{TASK}-0-20.zip") == f"agpo-q-{TASK}-0-20.zip"

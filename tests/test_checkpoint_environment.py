@@ -3,10 +3,11 @@
 import functools
 import json
 import math
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import mujoco
@@ -16,11 +17,25 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.envs.mujoco.inverted_pendulum_v5 import InvertedPendulumEnv
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
+from gymnasium.wrappers import (
+    FrameStackObservation,
+    NormalizeObservation,
+    NormalizeReward,
+    RecordEpisodeStatistics,
+    RecordVideo,
+)
 from small_models import RandomEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    VecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecVideoRecorder,
+)
 
 from sb3_agpo.checkpoint.environment import capture_environment, restore_environment
 from sb3_agpo.checkpoint.plain_data import decode, encode
@@ -555,6 +570,73 @@ def test_monitors_count_seconds_from_the_head_of_their_file(override: bool, tmp_
     assert envs[1].t_start > 0.0  # it always begins a new one
     for env in (first, second, *envs):
         env.close()
+
+
+class Painted(RandomEnv):
+    """Random observations, and a picture of nothing."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self) -> None:
+        super().__init__(gym.spaces.Box(-1.0, 1.0, (1,)))
+        self.render_mode = "rgb_array"
+
+    def render(self) -> Any:
+        """Black."""
+        return np.zeros((16, 16, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_videos_go_where_the_new_recorder_writes(vectorised: bool, tmp_path: Path) -> None:
+    """Also that of the episode under way, and where the old folder is gone."""
+
+    def make_recorder(name: str) -> VecEnv:
+        if vectorised:
+            env = DummyVecEnv([Painted])
+            return VecVideoRecorder(env, str(tmp_path / name), lambda step: step % 8 == 0, video_length=5, name_prefix=name)
+        return DummyVecEnv([lambda: RecordVideo(Painted(), str(tmp_path / name), lambda _: True, name_prefix=name)])
+
+    def play(env: VecEnv, n_steps: int) -> None:
+        for _ in range(n_steps):
+            env.step(np.zeros((1, 1), dtype=np.float32))
+
+    first = make_recorder("first")
+    first.reset()
+    play(first, 11)
+    captured = through_files(capture_vec_environment(first))
+    first.close()
+    shutil.rmtree(tmp_path / "first")
+    second = make_recorder("second")
+    assert restore_vec_environment(second, captured) == []
+    play(second, 20)
+    second.close()
+    assert not (tmp_path / "first").exists()
+    assert len([path for path in (tmp_path / "second").glob("*.mp4") if path.name.startswith("second")]) >= 2
+
+
+class Curriculum(DummyVecEnv):
+    """A vectorised environment with a state of its own."""
+
+    def __init__(self, fns: Any, opaque: Any = None) -> None:
+        super().__init__(fns)
+        self.level, self.opaque = 0, opaque
+
+    def step_wait(self) -> Any:
+        """Count."""
+        self.level += 1
+        return super().step_wait()
+
+
+def test_a_vectorised_environments_own_state() -> None:
+    env, other = (Curriculum([lambda: gym.make("Pendulum-v1")]) for _ in range(2))
+    env.reset()
+    env.step(np.zeros((1, 1)))
+    captured = through_files(capture_vec_environment(env))
+    assert restore_vec_environment(other, captured) == [] and other.level == 1
+    del captured["own"]  # checkpoints of before
+    assert restore_vec_environment(other, captured) == []
+    notes = capture_vec_environment(Curriculum([lambda: gym.make("Pendulum-v1")], object()))["notes"]
+    assert notes == ["Curriculum.opaque is a object"]
 
 
 def test_vectorized_environment() -> None:

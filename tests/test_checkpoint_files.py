@@ -41,6 +41,7 @@ from sb3_agpo.checkpoint.plain_data import (
     decode,
     encode,
     is_plain,
+    same_data,
     set_space_generators,
     space_generators,
 )
@@ -125,11 +126,47 @@ def test_generators_come_back(kind: type) -> None:
         assert [back.random() for _ in range(3)] == [generator.random() for _ in range(3)]
 
 
+@pytest.mark.parametrize("seed", [5, [1, 2**40], None])
+def test_generators_spawn_as_they_would_have(seed: Any) -> None:
+    generator = np.random.default_rng(seed)
+    generator.spawn(2)
+    back = through_json(generator)
+    for own, other in zip(generator.spawn(2), back.spawn(2), strict=True):
+        assert own.random() == other.random()
+    before = encode(generator)
+    del before.structure["seeds"]  # checkpoints of before
+    assert decode(before.structure, before.arrays).random() == generator.random()
+
+
+@pytest.mark.parametrize("dtype", ["int8", ">f4", "U24", "M8[ms]", [("t", "i4"), ("x", ">f8", (2,)), ("deep", [("y", "?")])]])
+def test_data_types_come_back(dtype: Any) -> None:
+    assert through_json(np.dtype(dtype)) == np.dtype(dtype)
+    assert decode({"!": "dtype", "name": "float32"}, {}) == np.float32, "checkpoints of before"
+
+
+def test_tensors_of_all_kinds_come_back_or_are_refused() -> None:
+    numbers = th.tensor([1 + 2j, 3 - 1j])
+    assert th.equal(through_json(numbers.conj()), numbers.conj()) and th.equal(through_json(numbers.imag), numbers.imag)
+    sparse, small = th.eye(2).to_sparse(), th.ones(2).to(th.float8_e4m3fn)
+    for value in (sparse, small, th.ones(2, device="meta")):
+        assert not is_plain([value])
+
+
+def test_nan_is_the_same_as_nan() -> None:
+    """Options of an environment are compared with those of the checkpoint."""
+    nan = float("nan")
+    assert same_data({"a": [nan, 1.0]}, {"a": (float("nan"), 1.0)}) and not same_data(nan, 1.0)
+    assert same_data(np.array([nan, 2.0]), np.array([nan, 2.0])) and not same_data(np.array([nan]), np.array([1.0]))
+    assert same_data(np.array(["a"]), np.array(["a"])) and not same_data(np.array(["a"]), nan)
+
+
 @pytest.mark.parametrize(
     "value",
     [
         *(lambda: 0, object(), np.array([object()]), open, json, random.SystemRandom(), {"deep": [1, {"x": print}]}),
         Path("x"),
+        *(np.matrix([[1.0]]), np.ma.masked_array([1.0], [True]), np.rec.array([(1, 2)])),  # these compute in other ways
+        np.dtype([("x", object)]),
         *(defaultdict(list, a=[1]), Counter("a"), MappingProxyType({"a": 1})),  # these would come back as dictionaries
     ],
 )

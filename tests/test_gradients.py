@@ -29,7 +29,7 @@ from sb3_agpo.gradients.experiments import measure_predictions, reward_parts
 from sb3_agpo.gradients.inspection import Inspection, Sizes, inspect_environment, steps_as_code, suggested, verdict
 from sb3_agpo.gradients.measures import Jacobians, Prediction
 from sb3_agpo.gradients.recording import BASE, FINER, SCALES, Recording, record, scaled
-from sb3_agpo.gradients.report import print_inspection
+from sb3_agpo.gradients.report import print_inspection, print_without_derivatives
 
 CUSTOM = '''
 import numpy as np
@@ -311,6 +311,28 @@ def test_steps_without_usable_derivatives_say_nothing() -> None:
         print_inspection(console, "clock", found)
         assert "nan" not in console.file.getvalue()  # type: ignore[attr-defined]
     assert {prediction.n_moments for prediction in found.predictions} == {0}
+
+
+class Bracketed(HopperEnv):
+    """Names that look like markup."""
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = super().step(action)
+        info = {**info, "reward[angle]": float(obs[1]), "reward[/ctrl]": float(obs[2])}
+        return obs, reward, terminated, truncated, info
+
+
+def test_names_are_printed_as_they_are() -> None:
+    env = Bracketed()
+    found = inspect_environment(env, make_policy(env, None, None, seed=0), Sizes(steps=6, moments=2, actions=2))
+    assert isinstance(found, Inspection)
+    console = Console(file=StringIO(), width=160)
+    print_inspection(console, "envs[v2]/x.py:Foo", found)
+    print_without_derivatives(console, "envs[/v3]/x.py:Foo", ProviderReport("none", "the [wrapper] Other"))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(
+        name in printed for name in ("[angle]", "[/ctrl]", "envs[v2]/x.py:Foo", "envs[/v3]/x.py:Foo", "the [wrapper] Other")
+    )
 
 
 def test_an_inspected_environment_trains_as_any_other() -> None:

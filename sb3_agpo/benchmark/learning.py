@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -132,10 +133,25 @@ def _check(options: argparse.Namespace) -> None:
     if options.models and options.models.exists() and not options.models.is_dir():
         raise ValueError(f"--models: {options.models} is a file; give a folder")
     for env in options.envs:
-        try:
-            gym.spec(env)
-        except gym.error.Error as error:
-            raise ValueError(f"unknown task '{env}': {error}") from error
+        _check_task(env)
+
+
+def _check_task(name: str) -> None:
+    """
+    Refuse a task that does not exist, or whose evaluation might never end.
+
+    :param name: of the command line
+    :raises ValueError: with what to change
+    """
+    module, _, task = name.rpartition(":")
+    try:
+        if module:  # which registers it
+            importlib.import_module(module)
+        spec = gym.spec(task)
+    except (gym.error.Error, ImportError) as error:
+        raise ValueError(f"unknown task '{name}': {error}") from error
+    if spec.max_episode_steps is None:
+        raise ValueError(f"task '{name}' has no time limit, so that an evaluation might never end; register it with one")
 
 
 def plan_runs(options: argparse.Namespace) -> list[tuple[RunPlan, AlgorithmSpec]]:

@@ -78,7 +78,17 @@ class RunKey(NamedTuple):
     @property
     def file_name(self) -> str:
         """Name of the run's own file, without its suffix."""
-        return re.sub(r"[^\w.+-]", "_", f"{self.algorithm}+{self.env}+{self.seed}+{self.settings}+{self.budget}")
+        return as_file_name(f"{self.algorithm}+{self.env}+{self.seed}+{self.settings}+{self.budget}")
+
+
+def as_file_name(text: str) -> str:
+    """
+    Replace what does not belong into the name of a file, such as the slash of a task's namespace.
+
+    :param text: any text
+    :return: the same with underscores
+    """
+    return re.sub(r"[^\w.+-]", "_", text)
 
 
 def key_of(row: Row) -> RunKey:

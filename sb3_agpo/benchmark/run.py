@@ -169,7 +169,8 @@ class EvaluationCallback(BaseCallback):
             assert self.plan.models is not None
             key = self.plan.key
             self.plan.models.mkdir(parents=True, exist_ok=True)
-            self.model.save(self.plan.models / f"{key.algorithm}-{key.env}-{key.seed}-{self.to_save.pop(0)}.zip")
+            name = records.as_file_name(f"{key.algorithm}-{key.env}-{key.seed}-{self.to_save.pop(0)}.zip")
+            self.model.save(self.plan.models / name)
         self.clock.start()
 
 

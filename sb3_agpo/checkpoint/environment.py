@@ -24,10 +24,11 @@ import numpy as np
 import torch as th
 from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.wrappers import RecordVideo
 from numpy.lib.array_utils import byte_bounds
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor, ResultsWriter
-from stable_baselines3.common.vec_env import VecMonitor
+from stable_baselines3.common.vec_env import VecMonitor, VecVideoRecorder
 
 from sb3_agpo.checkpoint.plain_data import is_plain, same_data, set_space_generators, space_generators
 from sb3_agpo.checkpoint.sharing import bounds, contents, describe_sharing, restore_sharing
@@ -275,10 +276,11 @@ def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
     if "own" in state:
         layer.set_checkpoint_state(state["own"])  # type: ignore[attr-defined]
         return
+    kept = output_attributes(layer)
     if "sharing" in state:  # checkpoints of before described it for each layer
         restore_sharing(state["attributes"], state["sharing"])
     for key, value in state["attributes"].items():
-        if key != "t_start" or not begins_file(layer):
+        if key not in kept:
             setattr(layer, key, value)
     if not _is_of_known_package(layer):  # none of theirs ever deletes an attribute, but later versions may have more
         _forget_others(layer, state.get("names"))
@@ -286,6 +288,18 @@ def restore_layer(layer: gym.Env[Any, Any], state: State) -> None:
         space = getattr(layer, key)
         if space is not None:
             set_space_generators(space, generators)
+
+
+def output_attributes(wrapper: Any) -> tuple[str, ...]:
+    """
+    Attributes that say where and since when a wrapper writes: those of the new one count.
+
+    :param wrapper: any wrapper, of an environment or of a vectorised one
+    :return: names
+    """
+    if isinstance(wrapper, RecordVideo | VecVideoRecorder):
+        return ("video_folder", "name_prefix")
+    return ("t_start",) if begins_file(wrapper) else ()
 
 
 def begins_file(monitor: Any) -> bool:

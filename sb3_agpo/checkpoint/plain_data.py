@@ -58,6 +58,8 @@ ENUMERATIONS: tuple[type[Enum], ...] = (TrainFrequencyUnit, GoalSelectionStrateg
 #: packages and kinds of the classes that may be named
 CLASS_PACKAGES = ("torch", "stable_baselines3", "sb3_contrib", "sb3_agpo")
 CLASS_KINDS: tuple[type, ...] = (th.nn.Module, th.optim.Optimizer, BaseBuffer, BaseModel)
+#: what makes a ``SeedSequence``
+SEED_SEQUENCE = ("entropy", "spawn_key", "pool_size", "n_children_spawned")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -102,7 +104,7 @@ def is_plain(value: Any) -> bool:
 
 def same_data(first: Any, second: Any) -> bool:
     """
-    Whether two values are equal, lists and tuples of equal items included.
+    Whether two values are equal, lists and tuples of equal items included; NaN equals itself.
 
     :param first: a value
     :param second: another
@@ -113,21 +115,20 @@ def same_data(first: Any, second: Any) -> bool:
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         return first.keys() == second.keys() and all(same_data(first[key], second[key]) for key in first)
     if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
-        return np.array_equal(first, second)
-    return bool(first == second)
+        first, second = np.asarray(first), np.asarray(second)
+        return np.array_equal(first, second, equal_nan=first.dtype.kind in "fc" and second.dtype.kind in "fc")
+    both_nan = first != first and second != second
+    return bool(both_nan or first == second)
 
 
 def _encode(value: Any, arrays: Arrays, where: str) -> Any:
     """Structure of a value; its arrays are added to ``arrays``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, np.generic) or type(value) in (np.ndarray, np.memmap):  # others compute in other ways
         return _encode_array(np.asarray(value), arrays, where, scalar=isinstance(value, np.generic))
     if isinstance(value, th.Tensor):
-        tensor = value.detach().cpu()
-        # NumPy has no bfloat16
-        bits = tensor.view(th.int16) if tensor.dtype == th.bfloat16 else tensor
-        return {**_encode_array(bits.numpy(), arrays, where), TAG: "tensor", "dtype": str(tensor.dtype).split(".")[1]}
+        return {**_encode_array(_bits(value, where), arrays, where), TAG: "tensor", "dtype": str(value.dtype).split(".")[1]}
     if isinstance(value, RECORDS):
         return {TAG: "record", "class": type(value).__name__, "items": _encode_all(value, arrays, where)}  # type: ignore[arg-type]
     if isinstance(value, Enum) and type(value) in ENUMERATIONS:
@@ -141,11 +142,29 @@ def _encode(value: Any, arrays: Arrays, where: str) -> Any:
     if isinstance(value, type):
         return {TAG: "class", "name": _class_name(value, where)}
     if isinstance(value, np.dtype):
-        return {TAG: "dtype", "name": value.name}
+        return {TAG: "dtype", "description": _encode(_describe_dtype(value, where), arrays, where)}
     if type(value) in OBJECTS:
         attributes = {name: _encode(item, arrays, f"{where}.{name}") for name, item in vars(value).items()}
         return {TAG: "object", "class": _full_name(type(value)), "attributes": attributes}
     raise NotPlainError(f"{where} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _bits(tensor: th.Tensor, where: str) -> NDArray[Any]:
+    """The numbers of a tensor, which NumPy holds, as an array."""
+    try:
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg()
+        # NumPy has no bfloat16
+        return (dense.view(th.int16) if dense.dtype == th.bfloat16 else dense).numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, nested or without memory, or of eight bits; also NotImplementedError
+        raise NotPlainError(f"{where} is a tensor that NumPy cannot hold ({error})") from error
+
+
+def _describe_dtype(dtype: np.dtype[Any], where: str) -> Any:
+    """What NumPy's own files say of a type."""
+    description = np.lib.format.dtype_to_descr(dtype)
+    if dtype.hasobject or np.lib.format.descr_to_dtype(description) != dtype:
+        raise NotPlainError(f"{where} is the data type {dtype}")
+    return description
 
 
 def _encode_all(values: Iterable[Any], arrays: Arrays, where: str) -> list[Any]:
@@ -183,7 +202,11 @@ def _encode_generator(value: Any, arrays: Arrays, where: str) -> dict[str, Any]:
         return {TAG: "python_generator", "state": _encode(value.getstate(), arrays, where)}
     if isinstance(value, np.random.RandomState):
         return {TAG: "random_state", "state": _encode(value.get_state(legacy=False), arrays, where)}
-    return {TAG: "generator", "state": _encode(value.bit_generator.state, arrays, where)}
+    state = {TAG: "generator", "state": _encode(value.bit_generator.state, arrays, where)}
+    seeds = getattr(value.bit_generator, "seed_seq", None)
+    if type(seeds) is np.random.SeedSequence:  # from which ``spawn`` makes others
+        state["seeds"] = _encode({name: getattr(seeds, name) for name in SEED_SEQUENCE}, arrays, where)
+    return state
 
 
 def _full_name(kind: type) -> str:
@@ -255,8 +278,10 @@ def _decode_tagged(structure: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
     tag = structure[TAG]
     if tag in ("array", "scalar", "tensor"):
         return _decode_array(structure, arrays[structure["name"]])
-    if tag in ("class", "dtype"):
-        return find_class(structure["name"]) if tag == "class" else np.dtype(structure["name"])
+    if tag == "class":
+        return find_class(structure["name"])
+    if tag == "dtype":  # which had a name in checkpoints of before
+        return np.dtype(structure["name"]) if "name" in structure else _decode_dtype(structure["description"], arrays)
     if tag == "enumeration":
         return {kind.__name__: kind for kind in ENUMERATIONS}[structure["class"]][structure["name"]]
     if tag == "object":
@@ -265,7 +290,7 @@ def _decode_tagged(structure: dict[str, Any], arrays: Mapping[str, NDArray[Any]]
         vars(instance).update(decode(structure["attributes"], arrays))
         return instance
     if tag in ("generator", "random_state", "python_generator"):
-        return _decode_generator(tag, decode(structure["state"], arrays))
+        return _decode_generator(tag, decode(structure["state"], arrays), decode(structure.get("seeds"), arrays))
     items = decode(structure["items"], arrays)
     if tag == "record":
         return {kind.__name__: kind for kind in RECORDS}[structure["class"]](*items)
@@ -283,7 +308,11 @@ def _decode_array(structure: dict[str, Any], array: NDArray[Any]) -> Any:
     return tensor.view(th.bfloat16) if structure["dtype"] == "bfloat16" else tensor
 
 
-def _decode_generator(tag: str, state: Any) -> Any:
+def _decode_dtype(description: Any, arrays: Mapping[str, NDArray[Any]]) -> np.dtype[Any]:
+    return np.lib.format.descr_to_dtype(decode(description, arrays))
+
+
+def _decode_generator(tag: str, state: Any, seeds: dict[str, Any] | None) -> Any:
     """A generator of random numbers in a given state."""
     if tag == "python_generator":
         python_generator = random.Random()
@@ -296,7 +325,7 @@ def _decode_generator(tag: str, state: Any) -> Any:
         random_state = np.random.RandomState(kind())
         random_state.set_state(state)
         return random_state
-    generator = np.random.Generator(kind())
+    generator = np.random.Generator(kind() if seeds is None else kind(np.random.SeedSequence(**seeds)))
     generator.bit_generator.state = state
     return generator
 

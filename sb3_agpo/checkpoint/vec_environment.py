@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from functools import partial
 from typing import Any
@@ -9,21 +10,37 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecEnvWrapper, VecVideoRecorder
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_agpo.checkpoint.environment import (
     KNOWN_PACKAGES,
     State,
-    begins_file,
     capture_environment,
     is_inert,
+    output_attributes,
     restore_environment,
 )
 from sb3_agpo.checkpoint.plain_data import is_plain
 
 #: attributes of wrappers that are no state of their own
 STRUCTURAL = ("venv", "class_attributes", "num_envs", "render_mode", "reset_infos", "metadata")
+#: attributes of SB3's vectorised environments, which are no state either or are saved with the environments
+STOCK = (
+    *STRUCTURAL,
+    "envs",
+    "keys",
+    "buf_obs",
+    "buf_dones",
+    "buf_rews",
+    "buf_infos",
+    "actions",
+    "waiting",
+    "closed",
+    "remotes",
+    "work_remotes",
+    "processes",
+)
 #: what waits for the next reset
 FOR_RESET = ("_seeds", "_options")
 
@@ -41,6 +58,8 @@ def capture_vec_environment(env: VecEnv) -> State:
         env = env.venv
     environments, reason = _capture_environments(env)
     notes = [name for wrapper in wrappers for name in wrapper.pop("unknown")]
+    own, unknown = _capture_own(env)
+    notes += unknown
     for_reset = {name: getattr(env, name) for name in FOR_RESET}
     notes += [f"`{name[1:]}` for the next reset could not be saved" for name in FOR_RESET if not is_plain(for_reset[name])]
     return {
@@ -48,6 +67,7 @@ def capture_vec_environment(env: VecEnv) -> State:
         "environments": environments,
         "reason": reason,
         "notes": notes,
+        "own": own,
         "for_reset": {name: value for name, value in for_reset.items() if is_plain(value)},
     }
 
@@ -76,6 +96,7 @@ def restore_vec_environment(env: VecEnv, state: State) -> list[str] | None:
     inner._reset_seeds()
     inner._reset_options()
     vars(inner).update(state.get("for_reset", {}))
+    vars(inner).update(state.get("own", {}))  # not in checkpoints of before
     for wrapper, wrapper_state in zip(wrappers, state["wrappers"], strict=True):
         _restore_wrapper(wrapper, wrapper_state)
     if state["environments"] is None:
@@ -103,9 +124,26 @@ def _capture_wrapper(wrapper: VecEnvWrapper) -> State:
     return {"class": type(wrapper).__name__, "attributes": attributes, "stacks": stacks, "unknown": unknown}
 
 
+def _capture_own(env: VecEnv) -> tuple[State, list[str]]:
+    """Plain attributes that a class derived from one of SB3's has of its own, and the names of those that are not plain."""
+    if type(env) in (DummyVecEnv, SubprocVecEnv) or callable(getattr(type(env), "get_checkpoint_state", None)):
+        return {}, []
+    own = {
+        key: value for key, value in vars(env).items() if key not in (*STOCK, *FOR_RESET) and not isinstance(value, gym.Space)
+    }
+    unknown = [
+        f"{type(env).__name__}.{key} is a {type(value).__name__}"
+        for key, value in own.items()
+        if not (is_plain(value) or is_inert(value))
+    ]
+    return {key: value for key, value in own.items() if is_plain(value)}, unknown
+
+
 def _restore_wrapper(wrapper: VecEnvWrapper, state: State) -> None:
-    own = {"t_start"} if begins_file(wrapper) else set()
-    vars(wrapper).update({key: value for key, value in state["attributes"].items() if key not in own})
+    kept = output_attributes(wrapper)
+    vars(wrapper).update({key: value for key, value in state["attributes"].items() if key not in kept})
+    if isinstance(wrapper, VecVideoRecorder) and wrapper.recording:
+        wrapper.video_path = os.path.join(wrapper.video_folder, wrapper.video_name)
     for key, frames in state["stacks"].items():
         _set_frames(getattr(wrapper, key), frames)
 

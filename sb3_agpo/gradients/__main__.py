@@ -126,7 +126,7 @@ def run(options: argparse.Namespace, env: gym.Env, policy: Policy) -> int:
         return 0
     print_inspection(console, options.env, found)
     draw_inspection(found, options.output, f"{options.env}, {found.policy}: derivatives from {found.recording.report.kind}")
-    console.print(f"Picture: {options.output}", highlight=False)
+    console.print(f"Picture: {options.output}", highlight=False, markup=False)
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sb3_agpo.dynamics.recorder import ProviderReport
 from sb3_agpo.gradients.inspection import Inspection, notes_on_steps, steps_as_code, verdict
@@ -27,7 +28,7 @@ def print_without_derivatives(console: Console, name: str, report: ProviderRepor
     :param name: of the environment
     :param report: with the reason
     """
-    console.print(f"[bold]{name}[/bold]: no simulator derivatives ({report.reason}).\n\n{WITHOUT_DERIVATIVES}")
+    console.print(Text.assemble((name, "bold"), f": no simulator derivatives ({report.reason}).\n\n{WITHOUT_DERIVATIVES}"))
 
 
 def print_inspection(console: Console, name: str, found: Inspection) -> None:
@@ -40,13 +41,13 @@ def print_inspection(console: Console, name: str, found: Inspection) -> None:
     """
     recording = found.recording
     lengths = f"{len(recording.rewards)} steps, {int(recording.ends.sum())} ends of episodes, {found.policy}"
-    console.print(f"[bold]{name}[/bold]: {lengths}\n")
+    console.print(Text.assemble((name, "bold"), f": {lengths}\n"))
     for table in (_overview(found), _reward(found), _roughest_steps(found), _roughest_coordinates(found), _differences(found)):
         if table.row_count:
-            console.print(table)
+            console.print(table, markup=False)  # names of joints and rewards may look like it
             console.print()
-    console.print(f"[bold]Suggested:[/bold] {_suggestion(found)}")
-    console.print(f"[bold]In short:[/bold] {verdict(found)}", highlight=False)
+    console.print(Text.assemble(("Suggested:", "bold"), f" {_suggestion(found)}"))
+    console.print(Text.assemble(("In short:", "bold"), f" {verdict(found)}"))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -107,10 +108,10 @@ def to_wandb(value: Any) -> Any:
             return value
         case bool() | int() | float() | np.number() | np.bool_():
             return float(value)
-        case th.Tensor() | np.ndarray():
-            values = th.as_tensor(value).flatten()
-            finite = values[values.isfinite()]  # wandb has no place for the others
-            return wandb.Histogram(finite.tolist()) if len(finite) else None
+        case th.Tensor() if not value.is_complex():
+            return histogram(value.detach().cpu().to_dense().double().numpy())
+        case np.ndarray():
+            return histogram(value)
         case Figure():
             picture = BytesIO()  # wandb's own conversion needs `pyplot`, which chooses a backend for the whole process
             value.figure.savefig(picture, format="png")
@@ -124,6 +125,19 @@ def to_wandb(value: Any) -> Any:
         case Animation():
             return wandb.Video(BytesIO(value.gif), format="gif")
     return None
+
+
+def histogram(values: NDArray[Any]) -> wandb.Histogram | None:
+    """
+    The distribution of the finite ones of some numbers; wandb has no place for the others.
+
+    :param values: any shape
+    :return: None if there are none, or if they are no real numbers
+    """
+    if values.dtype.kind not in "biuf":
+        return None
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return wandb.Histogram(finite.tolist()) if len(finite) else None
 
 
 def settings_of(model: BaseAlgorithm) -> dict[str, Any]:
