@@ -295,10 +295,6 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._setup_entropy()
-        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
-            None if learning_rate is None else FloatSchedule(learning_rate)
-            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
-        )
         self.gradient_correction = make_gradient_correction(self.observation_space, self.action_space, self.device)  # type: ignore[arg-type]
         self._set_up_collection()
 
@@ -312,10 +308,24 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             stock = self.replay_buffer_class is None and not self.optimize_memory_usage
             self.n_steps = N_STEPS if stock and not isinstance(self.observation_space, spaces.Dict) else 1
 
+    def _setup_lr_schedule(self) -> None:
+        """SB3's, and those of the learning rates that SB3 does not know."""
+        super()._setup_lr_schedule()
+        self.critic_lr_schedule, self.ent_coef_lr_schedule = (
+            None if learning_rate is None else FloatSchedule(learning_rate)
+            for learning_rate in (self.critic_learning_rate, self.ent_coef_learning_rate)
+        )
+
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
+        self._list_parameters()
+
+    def _list_parameters(self) -> None:
+        """Parameters that follow others; anew before each training, as users may have replaced networks or layers of them."""
+        self.policy.begin_average()
+        self.policy.find_modes()
         self._critic_parameters: list[th.Tensor] = list(self.critic.parameters())
         self._target_parameters: list[th.Tensor] = list(self.critic_target.parameters())
         self._actor_parameters: list[th.Tensor] = list(self.actor.parameters())
@@ -352,8 +362,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         :param gradient_steps: critic updates
         :param batch_size: replayed transitions of each
         """
+        self._list_parameters()
         self.policy.set_training_mode(True)
-        self.policy.begin_average()
         self._update_learning_rates()
         policy_delay = self._current_policy_delay()
         # The samples of another buffer may have an order, and belong into one batch as they are
@@ -393,20 +403,26 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         return POLICY_DELAY_BESIDE_WINDOWS if self._trains_on_windows() else 1
 
     def _trains_on_windows(self) -> bool:
-        return self.dynamics is not None and self.rollout_epochs > 0
+        """Not, for example, if ``train`` is called on a replay buffer alone."""
+        come = self._stored_timesteps is not None or self.rollout_buffer.full
+        return self.dynamics is not None and self.rollout_epochs > 0 and come
 
     def _corrects_replay(self) -> bool:
         """Whether replayed policy updates learn from windows, where there are any."""
         return self.correction_updates > 0 and self.gradient_mode != "q" and self.gradient_correction is not None
 
     def _current_ent_coef(self) -> th.Tensor:
-        return self.log_ent_coef.detach().exp() if self.log_ent_coef is not None else self.ent_coef_tensor
+        if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
+            return self.log_ent_coef.detach().exp()
+        return self.ent_coef_tensor
 
     def _sample_for_critic(self, n_batches: int, batch_size: int) -> list[CriticBatch]:
         """Batches of replayed transitions; drawing them and acting after them at once saves time."""
         if self.use_sde:
             self.actor.reset_noise()
         data = self._sample_transitions(n_batches * batch_size)
+        if n_batches == 1:  # all that a buffer of one's own returned, which may be more
+            batch_size = len(data.actions)
         return critic_batches(self.policy, data, self.gamma, self._current_ent_coef(), batch_size)
 
     def _sample_transitions(self, n: int) -> ReplayBufferSamples:
@@ -646,6 +662,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             *super()._excluded_save_params(),
             *MADE_ANEW,
             "_acting_noise",
+            "_acting_actions",
             "_noise_processes",
             "_valid_history",
         ]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
@@ -28,7 +29,7 @@ from sb3_agpo.agpo.checkpoint import TorchGenerators, begin_new_episodes, torch_
 from sb3_agpo.agpo.faults import check_observations, check_step, explained_faults, is_mid_step
 from sb3_agpo.agpo.n_step import end_last_episode
 from sb3_agpo.agpo.pink_noise import next_processes, pink_noise
-from sb3_agpo.agpo.policies import Actor, samples_by_itself
+from sb3_agpo.agpo.policies import Actor, AGPOPolicy, predicts_by_itself, samples_by_itself
 from sb3_agpo.agpo.rollout_buffer import DerivativeReplayBuffer, DifferentiableRolloutBuffer, Transition
 from sb3_agpo.agpo.updates import gaussian_parameters
 from sb3_agpo.dynamics.interface import TransitionDerivatives, absent_derivatives, zero_invalid
@@ -65,6 +66,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
     :param kwargs: see SB3
     """
 
+    policy: AGPOPolicy
     actor: Actor
     gradient_mode: str
     horizon: int
@@ -88,6 +90,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         self._valid_history: list[bool] = []
         self._statistics: dict[str, list[float]] = {}
         self._acting_noise: np.ndarray | None = None
+        self._acting_actions: np.ndarray | None = None  # in [-1, 1], made from it
         self._noise_processes: np.ndarray | None = None
         self._state_before_rollout: TorchGenerators | None = None
 
@@ -192,15 +195,21 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
     ) -> tuple[np.ndarray, np.ndarray]:
         self._is_mid_rollout = True
         self._acting_noise = None
-        if self.dynamics is None or self.num_timesteps < learning_starts or action_noise is not None or self.use_sde:
+        plain = action_noise is None and not self.use_sde and self._acts_as_its_gaussian()
+        if self.dynamics is None or self.num_timesteps < learning_starts or not plain:
             return super()._sample_action(learning_starts, action_noise, n_envs)
         with th.no_grad():
             observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
             mean, log_std = th.stack(gaussian_parameters(self.actor, observations)).cpu()  # the only copy from the device
             noise = self._draw_noise(mean)
             scaled = th.tanh(mean + log_std.exp() * noise).numpy()
-        self._acting_noise = noise.numpy()
+        self._acting_noise, self._acting_actions = noise.numpy(), scaled
         return self.policy.unscale_action(scaled), scaled
+
+    def _acts_as_its_gaussian(self) -> bool:
+        """Whether acting is sampling from the actor's Gaussian, without anybody's own ``predict`` in between."""
+        own = type(self).predict is not BaseAlgorithm.predict or "predict" in vars(self)
+        return not own and not predicts_by_itself(self.policy)
 
     def _draw_noise(self, mean: th.Tensor) -> th.Tensor:
         """Standard normal noise of the shape of ``mean``."""
@@ -214,6 +223,7 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         # gSDE draws a matrix before callbacks are asked: a checkpoint saved by one of them is to draw the same again
         self._state_before_rollout = torch_generators(self.device) if self.use_sde else None
         self._is_mid_rollout = False
+        self._follow_window_sizes()
         try:
             rollout = super().collect_rollouts(env, callback, *args, **kwargs)
             if not rollout.continue_training:
@@ -224,6 +234,13 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         finally:
             self._is_mid_rollout = False
         return rollout
+
+    def _follow_window_sizes(self) -> None:
+        """Begin windows anew where a callback has changed their sizes."""
+        if (self.rollout_size, self.horizon) != (self.rollout_buffer.rollout_size, self.rollout_buffer.horizon):
+            self.rollout_buffer = self._empty_rollout_buffer()
+            if self.dynamics is not None:
+                self._record_what_is_needed()
 
     def _store_last_step(self, step: dict[str, Any]) -> None:
         """
@@ -266,7 +283,9 @@ class DifferentiableOffPolicyAlgorithm(OffPolicyAlgorithm):
         raw_reward = self._vec_normalize_env.get_original_reward() if self._vec_normalize_env is not None else reward
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         next_observations = self._successors(new_obs, dones, infos)
-        noise = self._acting_noise if self._acting_noise is not None else np.full_like(buffer_action, np.nan)
+        noise = np.full_like(buffer_action, np.nan)
+        if self._acting_noise is not None:  # it says nothing about an action that a subclass has put in place of the policy's
+            noise = np.where((buffer_action == self._acting_actions).all(-1, keepdims=True), self._acting_noise, noise)
         self.rollout_buffer.add(
             Transition(
                 np.array(observations, dtype=np.float32),

@@ -25,7 +25,8 @@ def sample_n_step(
     :math:`a_1, \dots, a_{n-1}` are its actions. Replayed ones come from policies of the past, the first from uniform noise.
     Here the return ends, with the value of :math:`o_k`, before the first action :math:`a_k` that is further than
     ``trace_distance`` from what the policy does at :math:`o_k`. Retrace (Munos et al. 2016) cuts by the ratio of both
-    policies' densities; this needs none of the old policy's. Otherwise it is what
+    policies' densities; this needs none of the old policy's. It ends as well where the next transition in memory does not go
+    on where this one led, as in data that somebody has shuffled. Otherwise it is what
     :class:`~stable_baselines3.common.buffers.NStepReplayBuffer` does, random numbers included.
 
     :param buffer: replay buffer
@@ -45,7 +46,8 @@ def sample_n_step(
     observations = buffer._normalize_obs(buffer.observations[later], vec_normalize)
     far = _distances(buffer, actor, observations, buffer.actions[later]) > trace_distance  # (batch, n_steps - 1)
     newest = (buffer.pos - 1) % buffer.buffer_size  # what follows it in memory is older, or not there yet
-    stops = (buffer.dones[rows[:, :-1], column] > 0.0) | (rows[:, :-1] == newest) | far
+    leaves = (buffer.next_observations[rows[:, :-1], column] != buffer.observations[later]).reshape(*far.shape, -1).any(-1)
+    stops = (buffer.dones[rows[:, :-1], column] > 0.0) | (rows[:, :-1] == newest) | far | leaves
     ends = np.concatenate([stops, np.ones((batch_size, 1), dtype=bool)], axis=1)  # (batch, n_steps)
     length = ends.argmax(1)  # steps after the first
 

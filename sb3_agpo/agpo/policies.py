@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
+from operator import is_not
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
@@ -287,9 +290,27 @@ def samples_by_itself(actor: Actor) -> bool:
     :param actor: the actor
     :return: False for SB3's, also if it is a subclass with another network or other parameters of the Gaussian
     """
-    return any(getattr(type(actor), name) is not getattr(Actor, name) for name in ("forward", "action_log_prob"))
+    names = ("forward", "action_log_prob")
+    own = any(getattr(type(actor), name) is not getattr(Actor, name) or name in vars(actor) for name in names)
+    return own or type(actor.action_dist) not in DISTRIBUTIONS
 
 
+def predicts_by_itself(policy: AGPOPolicy) -> bool:
+    """
+    Whether a policy has a way of its own to act, or somebody watches its actor act.
+
+    :param policy: the policy
+    :return: False if it is enough to sample from the actor's Gaussian
+    """
+    own = any(
+        getattr(type(policy), name) is not getattr(AGPOPolicy, name) or name in vars(policy)
+        for name in ("predict", "_predict", "forward")
+    )
+    return own or samples_by_itself(policy.actor) or bool(policy.actor._forward_hooks or policy.actor._forward_pre_hooks)
+
+
+#: distributions of actions whose samples are known functions of a Gaussian's noise
+DISTRIBUTIONS = (SquashedDiagGaussianDistribution, StateDependentNoiseDistribution)
 #: modules that do the same in training and in evaluation
 MODELESS = (
     *(
@@ -359,13 +380,9 @@ class AGPOPolicy(SACPolicy):
             )
         if self.critic.batch_norms:
             self.critic_target = self.critic
-        with th.random.fork_rng(devices=[]):  # the other networks' weights do not depend on there being an average
-            self.average_actor = self.make_actor()
-        self.is_averaged = False
+        self._averaged: list[nn.Module | nn.Parameter] = []  # what the average is of
         self.begin_average()
-        self.average_actor.requires_grad_(False).set_training_mode(False)
-        modules = (*self.actor.modules(), *self.critic.modules())
-        self._mode_matters = any(type(module) not in MODELESS for module in modules)
+        self.find_modes()
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -382,9 +399,29 @@ class AGPOPolicy(SACPolicy):
             self.actor.training = self.critic.training = self.training = mode
 
     def begin_average(self) -> None:
-        """Let the average begin with the weights that the actor has by now, cloned ones for example; later, do nothing."""
+        """
+        Let the average begin with the weights that the actor has by now, cloned ones for example. Later, do nothing, unless
+        somebody has replaced the actor or a layer of it: then it begins anew.
+        """
+        parts = [*self.actor.modules(), *self.actor.parameters()]
+        if len(parts) != len(self._averaged) or any(map(is_not, parts, self._averaged)):
+            self._averaged = parts
+            self._replace_average()
         if not self.is_averaged:
             self.average_actor.load_state_dict(self.actor.state_dict())
+
+    def _replace_average(self) -> None:
+        """A frozen copy of the actor, with modules of its own where actor and critics share some."""
+        # Its optimiser is none of its business, and its distribution may hold an old graph
+        own = {id(self.actor.optimizer): None} if hasattr(self.actor, "optimizer") else {}
+        self.average_actor = copy.deepcopy(self.actor, {**own, id(self.actor.action_dist): copy.copy(self.actor.action_dist)})
+        self.average_actor.requires_grad_(False).set_training_mode(False)
+        self.is_averaged = False
+
+    def find_modes(self) -> None:
+        """Find out whether any module does something else in training than in evaluation."""
+        modules = (*self.actor.modules(), *self.critic.modules())
+        self._mode_matters = any(type(module) not in MODELESS for module in modules)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """See :meth:`torch.nn.Module.state_dict`."""
