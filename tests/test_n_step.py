@@ -32,11 +32,13 @@ def filled_buffer(size: int, n_envs: int, n_steps: int, n_added: int, seed: int)
     box, actions = MODEL.observation_space, MODEL.action_space
     assert isinstance(box, spaces.Box)
     buffer = NStepReplayBuffer(size * n_envs, box, actions, n_envs=n_envs, n_steps=n_steps, gamma=0.9)
+    obs = rng.normal(size=(n_envs, 2))
     for _ in range(n_added):
         dones = rng.random(n_envs) < 0.3
         infos: list[dict[str, Any]] = [{"TimeLimit.truncated": bool(rng.random() < 0.5)} if done else {} for done in dones]
-        obs, next_obs = rng.normal(size=(2, n_envs, 2))
+        next_obs = rng.normal(size=(n_envs, 2))
         buffer.add(obs, next_obs, rng.uniform(-1, 1, (n_envs, 1)), rng.normal(size=n_envs), dones, infos)
+        obs = np.where(dones[:, None], rng.normal(size=(n_envs, 2)), next_obs)
     return buffer
 
 

@@ -403,7 +403,7 @@ class AGPOPolicy(SACPolicy):
         Let the average begin with the weights that the actor has by now, cloned ones for example. Later, do nothing, unless
         somebody has replaced the actor or a layer of it: then it begins anew.
         """
-        parts = [*self.actor.modules(), *self.actor.parameters()]
+        parts: list[nn.Module | nn.Parameter] = [*self.actor.modules(), *self.actor.parameters()]
         if len(parts) != len(self._averaged) or any(map(is_not, parts, self._averaged)):
             self._averaged = parts
             self._replace_average()
