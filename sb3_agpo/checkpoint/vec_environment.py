@@ -126,7 +126,8 @@ def _capture_wrapper(wrapper: VecEnvWrapper) -> State:
 
 def _capture_own(env: VecEnv) -> tuple[State, list[str]]:
     """Plain attributes that a class derived from one of SB3's has of its own, and the names of those that are not plain."""
-    if type(env) in (DummyVecEnv, SubprocVecEnv) or callable(getattr(type(env), "get_checkpoint_state", None)):
+    stock = type(env) in (DummyVecEnv, SubprocVecEnv) or not isinstance(env, DummyVecEnv | SubprocVecEnv)
+    if stock or callable(getattr(type(env), "get_checkpoint_state", None)):
         return {}, []
     own = {
         key: value for key, value in vars(env).items() if key not in (*STOCK, *FOR_RESET) and not isinstance(value, gym.Space)
