@@ -449,17 +449,6 @@ def test_every_algorithm_is_defined() -> None:
     assert specs["agpo-analytic"].kwargs["critic_grad_coef"] > 0
 
 
-def test_arguments_that_came_later_keep_old_hashes() -> None:
-    """Rows of before an argument was there stay those of the same settings; another value of it is another setting."""
-    learned = {row.split(",")[0]: row for row in (REPOSITORY / "docs/benchmarks/learning.csv").read_text().splitlines()}
-    old = find_algorithm("agpo-adaptive-nomatch", overrides={"critic_window_coef": 0.0})
-    assert old.settings_hash() in learned["agpo-adaptive-nomatch"].split(",")
-    assert "critic_window_coef" not in old.settings()["arguments"]
-    new = find_algorithm("agpo-adaptive-nomatch", overrides={"critic_window_coef": 0.3})
-    assert new.settings()["arguments"]["critic_window_coef"] == 0.3
-    assert new.settings_hash() != old.settings_hash()
-
-
 def test_settings_hash() -> None:
     """It changes with the number of environments and with every argument, and with nothing else."""
     spec = find_algorithm("sac")

@@ -16,22 +16,21 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_agpo import AGPO
-from sb3_agpo.agpo import gradient_correction, window_memory
-from sb3_agpo.agpo.gradient_correction import GradientCorrection, correction_samples
+from sb3_agpo.agpo import gradient_correction
+from sb3_agpo.agpo.gradient_correction import CorrectionSamples, GradientCorrection, correction_samples
 from sb3_agpo.agpo.updates import replayed_policy_loss
-from sb3_agpo.agpo.window_memory import WindowSamples
 from sb3_agpo.tracking.callbacks import ResumableCheckpointCallback
 
 NOBS, NU = 3, 2
 
 
-def draw(n: int, seed: int = 0, noise: float = 0.0) -> WindowSamples:
+def draw(n: int, seed: int = 0, noise: float = 0.0) -> CorrectionSamples:
     """Samples whose targets are a smooth function of their inputs, plus noise."""
     generator = th.Generator().manual_seed(seed)
     observations = th.randn(n, NOBS, generator=generator)
     actions = 2.0 * th.rand(n, NU, generator=generator) - 1.0
     clean = 100.0 * th.stack([observations[:, 0] * actions[:, 1], th.sin(observations[:, 1])], dim=1)
-    return WindowSamples(observations, actions, clean + noise * th.randn(n, NU, generator=generator))
+    return CorrectionSamples(observations, actions, clean + noise * th.randn(n, NU, generator=generator))
 
 
 def learn(correction: GradientCorrection, n_updates: int) -> None:
@@ -39,6 +38,11 @@ def learn(correction: GradientCorrection, n_updates: int) -> None:
         correction.optimizer.zero_grad()
         correction.loss().backward()
         correction.optimizer.step()
+
+
+def kept_targets(correction: GradientCorrection) -> list[list[float]]:
+    targets: th.Tensor = correction.get_memory()["samples"]["targets"]
+    return sorted(targets.tolist())
 
 
 @pytest.fixture
@@ -102,8 +106,35 @@ def test_what_is_wrong_is_not_believed(correction: GradientCorrection) -> None:
     assert not correction(new.observations, new.actions).any()
 
 
+def test_oldest_samples_give_way(correction: GradientCorrection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_correction, "CAPACITY", 10)
+    samples = draw(14)
+    for first in range(0, 14, 7):
+        correction.remember(CorrectionSamples(*(field[first : first + 7] for field in samples)))
+    assert correction.size == 10
+    assert kept_targets(correction) == sorted(samples.targets[4:].tolist())
+    correction.remember(draw(25, seed=1))  # more at once than there is room for
+    assert kept_targets(correction) == sorted(draw(25, seed=1).targets[-10:].tolist())
+
+
+@pytest.mark.parametrize("n", [5, 10, 13])
+def test_memory_goes_into_another_correction(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_correction, "CAPACITY", 10)
+    corrections = [GradientCorrection(NOBS, NU) for _ in range(2)]
+    for first in range(n):
+        corrections[0].remember(draw(1, seed=first))
+    corrections[1].set_memory(corrections[0].get_memory())
+    for correction in corrections:
+        correction.remember(draw(3, seed=99))
+    first, second = (correction.get_memory() for correction in corrections)
+    assert first["position"] == second["position"]
+    assert all(th.equal(first["samples"][name], second["samples"][name]) for name in first["samples"])
+    assert th.equal(corrections[0].scale, corrections[1].scale)
+
+
 def test_nothing_to_learn_from(correction: GradientCorrection) -> None:
     assert not correction.can_learn
+    correction.set_memory(correction.get_memory())
     with pytest.raises(ValueError, match="remember"):
         correction.loss()
 
@@ -127,7 +158,7 @@ def test_targets_are_finite_and_not_too_long() -> None:
 
 def test_largest_targets_leave_everything_finite(correction: GradientCorrection) -> None:
     """One that were not would never be finite again, as sums and scale go on from batch to batch."""
-    largest = th.full((1, 300, NU), 0.5 * window_memory.TOO_LONG)
+    largest = th.full((1, 300, NU), 0.5 * gradient_correction.TOO_LONG)
     inputs = th.randn(1, 300, NOBS), th.zeros(1, 300, NU)
     samples = correction_samples(*inputs, largest, th.zeros(1, 300, NU), th.ones(1, 300))
     assert len(samples.targets) == 300
@@ -181,7 +212,7 @@ def test_it_changes_the_policy_and_is_logged(early: None) -> None:
     model._record = lambda name, value: (seen.setdefault(name, []).append(value), record(name, value))[1]  # type: ignore[method-assign]
     model.learn(150)
     assert not parameters_equal(model, trained(policy_delay=1))
-    assert model.gradient_correction is not None and len(model.gradient_correction.memory) > 64
+    assert model.gradient_correction is not None and model.gradient_correction.size > 64
     assert len(seen["correction_explained"]) == len(seen["correction_trust"]) > 4
     assert any(seen["correction_trust"])
     assert all(0.0 <= trust <= 1.0 for trust in seen["correction_trust"])
@@ -206,7 +237,7 @@ def test_nonfinite_windows_leave_no_trace(early: None) -> None:
         model.critic.q_networks[0].weight.fill_(th.inf)  # type: ignore[union-attr, operator]
     model.learn(80)
     assert model.gradient_correction is not None
-    assert len(model.gradient_correction.memory) == 0
+    assert model.gradient_correction.size == 0
     assert all(th.isfinite(weights).all() for weights in model.gradient_correction.parameters())
 
 
@@ -252,4 +283,4 @@ class OwnBuffer(ReplayBuffer):
 def test_observations_in_double_precision(kwargs: dict[str, Any]) -> None:
     env = VecNormalize(make_vec_env("InvertedPendulum-v5"), norm_obs=False)
     model = small_model(env, correction_updates=1, **kwargs).learn(100)
-    assert model.gradient_correction is not None and len(model.gradient_correction.memory) > 0
+    assert model.gradient_correction is not None and model.gradient_correction.size > 0

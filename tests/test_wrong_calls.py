@@ -131,7 +131,6 @@ ARGUMENTS: list[tuple[dict[str, Any], Wrong]] = [
     ({"rollout_epochs": 1.5}, type_error("`rollout_epochs`", "integer", "1.5")),
     ({"gate": MagnitudeGate}, type_error("`gate`", "an instance", "`MagnitudeGate()`")),
     ({"gate": "soft"}, type_error("`gate`", "'soft'", "callable (analytic, critic, step)")),
-    ({"critic_window_coef": -0.3}, value_error("`critic_window_coef`", "-0.3", "0 turns it off")),
     ({"critic_grad_coef": -1.0}, value_error("`critic_grad_coef`", "-1.0", "0 turns it off")),
     ({"critic_grad_batch_size": 0}, value_error("`critic_grad_batch_size`", "got 0", "16 to 256")),
     ({"policy_delay": -1}, value_error("`policy_delay`", "got -1", "0 turns it off")),

@@ -51,10 +51,8 @@ from sb3_agpo.agpo.updates import (
     replayed_policy_loss,
     sample_actions,
     temporal_difference_loss,
-    window_matching_loss,
     window_update,
 )
-from sb3_agpo.agpo.window_memory import WindowMemory, window_samples
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
 
 SelfAGPO = TypeVar("SelfAGPO", bound="AGPO")
@@ -67,12 +65,6 @@ POLICY_DELAY_BESIDE_WINDOWS = 8
 CRITIC_LEARNING_RATE_FACTOR = 2.0
 #: critic updates whose batches are drawn at once, from SB3's own replay buffers
 BATCHES_AT_ONCE = 4
-#: steps of windows that the critics learn from, newest first to stay; gradients of older ones are those of another policy
-WINDOW_CAPACITY = 512
-#: how many of them at once, ...
-WINDOW_BATCH_SIZE = 64
-#: ... in every so many updates of the critics
-WINDOW_INTERVAL = 4
 #: soft update coefficient of the averaged policy by default: this many over the number of policy updates so far, ...
 AVERAGED_POLICY = 20
 #: ... at most this
@@ -137,10 +129,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
         windows, which stands for many of them, takes a longer step. None for ``learning_rate``
-    :param critic_window_coef: weight of gradient matching on the newest windows in the critics' loss, in units of that of
-        temporal differences (:mod:`sb3_agpo.agpo.window_memory`); 0 turns it off. Usual range 0.1 to 1
-    :param critic_grad_coef: weight of gradient matching on stored transitions in the critics' loss; 0 turns it off. It
-        makes an update of the critics half as long again or more, and pays on smooth tasks; 1 is a good first value
+    :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It makes an update of the
+        critics half as long again or more, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
         ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
@@ -208,7 +198,6 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         gate: Gate | Callable[[th.Tensor, th.Tensor, int], th.Tensor] | None = None,
         critic_learning_rate: float | Schedule | None = None,
         ent_coef_learning_rate: float | Schedule | None = None,
-        critic_window_coef: float = 0.0,
         critic_grad_coef: float = 0.0,
         critic_grad_batch_size: int = 32,
         policy_delay: int | None = None,
@@ -271,7 +260,6 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         self.gate = gate
         self.critic_learning_rate = critic_learning_rate
         self.ent_coef_learning_rate = ent_coef_learning_rate
-        self.critic_window_coef = critic_window_coef
         self.critic_grad_coef, self.critic_grad_batch_size = critic_grad_coef, critic_grad_batch_size
         self.policy_delay = policy_delay
         self.max_grad_norm = max_grad_norm
@@ -308,7 +296,6 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._setup_entropy()
         self.gradient_correction = make_gradient_correction(self.observation_space, self.action_space, self.device)  # type: ignore[arg-type]
-        self.window_memory = WindowMemory(WINDOW_CAPACITY, self.device)
         self._set_up_collection()
 
     def _choose_n_steps(self) -> None:
@@ -393,8 +380,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             windows = self.rollout_buffer.take_windows(self._vec_normalize_env)
             for epoch in range(self.rollout_epochs):
                 update = self._update_policy_from_windows(windows)
-                if epoch == 0:
-                    self._remember_windows(windows, update)
+                if epoch == 0 and self._corrects_replay():
+                    self._update_correction(windows, update)
         self._write_statistics()
 
     def _update_learning_rates(self) -> None:
@@ -452,19 +439,14 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         return buffer.sample(n, env=env)  # type: ignore[union-attr]
 
     def _update_critic(self, batch: CriticBatch) -> None:
-        """Temporal differences on replayed transitions, gradient matching on stored derivatives and on the newest windows."""
-        temporal_difference = temporal_difference_loss(self.policy, batch)
-        self._record("critic_loss", temporal_difference.item())
-        loss = temporal_difference
+        """Temporal differences on replayed transitions, gradient matching on stored derivatives."""
+        loss = temporal_difference_loss(self.policy, batch)
+        self._record("critic_loss", loss.item())
         if self.critic_grad_coef > 0.0 and self.derivative_buffer.size > 0:
             derivatives = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
             matching = gradient_matching_loss(self.policy, derivatives, self.gamma, self._current_ent_coef())
             self._record("matching_loss", matching.item())
             loss = loss + self.critic_grad_coef * matching
-        if self.critic_window_coef > 0.0 and self._n_updates % WINDOW_INTERVAL == 0 and len(self.window_memory) > 0:
-            matching = window_matching_loss(self.policy, self.window_memory.draw(WINDOW_BATCH_SIZE))
-            self._record("window_matching_loss", matching.item())
-            loss = loss + self.critic_window_coef * temporal_difference.detach() * matching  # (13)
         if math.isfinite(self._step("critic", self.critic.optimizer, loss)):
             self.critic.update_statistics()
 
@@ -522,14 +504,6 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             _, log_prob = sample_actions(self.actor, windows.observations[windows.mask > 0])
         self._update_temperature(log_prob, float(windows.mask.sum()) / self.rollout_epochs)
         return update
-
-    def _remember_windows(self, windows: RolloutWindows, update: WindowUpdate) -> None:
-        """Keep what replayed updates learn from: all that the simulator has a share in."""
-        if self.critic_window_coef > 0.0:
-            counts = (windows.mask > 0) & (update.gradient.weight > 0.0)
-            self.window_memory.remember(window_samples(windows.observations, windows.actions, update.gradient.g_a, counts))
-        if self._corrects_replay():
-            self._update_correction(windows, update)
 
     def _update_correction(self, windows: RolloutWindows, update: WindowUpdate) -> None:
         """Learn what the critic's gradient lacks on the newest windows, once it is known how well that was foreseen."""

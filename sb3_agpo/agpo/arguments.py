@@ -269,7 +269,6 @@ CHECKS: dict[str, Check] = {
     "correction_updates": _integer(0, _OFF),
     "gate": _optional(_gate),
     "exploration_noise": _exploration_noise,
-    "critic_window_coef": _number(0.0, math.inf, _OFF),
     "critic_grad_coef": _number(0.0, math.inf, _OFF),
     "critic_grad_batch_size": _integer(1, "usual values are 16 to 256"),
     "policy_delay": _optional(_integer(0, _OFF)),

@@ -52,7 +52,6 @@ MADE_ANEW = (
     "dynamics",
     "derivative_buffer",
     "gradient_correction",
-    "window_memory",
     "_statistics",
     "_state_before_rollout",
     "_is_mid_rollout",
@@ -265,8 +264,7 @@ def capture_model(model: AGPO, torch_generator: TorchGenerators | th.Tensor | No
         "replay_buffer": replay_buffer,
         "rollout_buffer": _without_device(model.rollout_buffer),
         "derivative_buffer": _without_device(model.derivative_buffer),
-        "correction_memory": model.gradient_correction.memory.get_state() if model.gradient_correction is not None else None,
-        "window_memory": model.window_memory.get_state(),
+        "correction_memory": model.gradient_correction.get_memory() if model.gradient_correction is not None else None,
         "records": list(model.dynamics.get_records()) if model.dynamics is not None else [],
         "environment": capture_vec_environment(model.env),
         "generators": capture_generators(model, torch_generator),
@@ -538,8 +536,7 @@ def restore_derivatives(model: AGPO, state: State) -> None:
     if same_memory:
         model.derivative_buffer.__setstate__(stored)
     if model.gradient_correction is not None:
-        model.gradient_correction.memory.set_state(state["correction_memory"])
-    model.window_memory.set_state(state["window_memory"])
+        model.gradient_correction.set_memory(state["correction_memory"])
 
 
 def begin_new_episodes(model: OffPolicyAlgorithm) -> None:

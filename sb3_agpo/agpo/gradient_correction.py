@@ -19,15 +19,13 @@ answers and the truth on windows that it has not learned from yet:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
-
-from sb3_agpo.agpo.window_memory import WindowMemory, WindowSamples, window_samples
 
 #: samples that are remembered, newest first to stay
 CAPACITY = 8192
@@ -39,8 +37,18 @@ LEARNING_RATE = 1e-3
 NET_ARCH = (256, 256)
 #: targets longer than this many of the median length of their batch are shortened to it, as those of a rough step may be
 LONGEST_TARGET = 10.0
+#: targets from this length on are left out: squares of shorter ones add up without overflow
+TOO_LONG = 1e15
 #: weight of a new batch of windows in the running sums of :math:`k`
 TRUST_MOMENTUM = 0.05
+
+
+class CorrectionSamples(NamedTuple):
+    """What the critic's gradient lacked, ``n`` times."""
+
+    observations: th.Tensor  # (n, nobs), as the networks see them
+    actions: th.Tensor  # (n, nu), in [-1, 1]
+    targets: th.Tensor  # (n, nu), t of (12)
 
 
 class GradientCorrection(nn.Module):
@@ -65,7 +73,12 @@ class GradientCorrection(nn.Module):
         self.register_buffer("trust_sums", th.zeros(2))  # running <c, t> and <c, c>
         self.to(device)
         self.optimizer = th.optim.Adam(self.network.parameters(), lr=LEARNING_RATE, fused=True)
-        self.memory = WindowMemory(CAPACITY, device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty the memory; the network stays as it is."""
+        self._memory: CorrectionSamples | None = None
+        self._position = self.size = 0
 
     @property
     def trust(self) -> th.Tensor:
@@ -88,7 +101,7 @@ class GradientCorrection(nn.Module):
         answers: th.Tensor = self.network(th.cat([observations.to(actions.dtype), actions], dim=-1))
         return self.scale * answers
 
-    def compare(self, samples: WindowSamples) -> float:
+    def compare(self, samples: CorrectionSamples) -> float:
         """
         See how the network does on samples that it has not learned from, (12).
 
@@ -102,19 +115,27 @@ class GradientCorrection(nn.Module):
             missed = (samples.targets - answers).square().sum()
             return (1.0 - missed / samples.targets.square().sum().clamp(min=1e-12)).item()
 
-    def remember(self, samples: WindowSamples) -> None:
+    def remember(self, samples: CorrectionSamples) -> None:
         """
         Add samples to the memory; the oldest give way.
 
         :param samples: finite ones
         """
-        self.memory.remember(samples)
-        self.scale.copy_(self.memory.samples.targets.square().mean().sqrt().clamp(min=1e-6))
+        samples = CorrectionSamples(*(field[-CAPACITY:] for field in samples))
+        if self._memory is None:
+            self._memory = CorrectionSamples(*(field.new_zeros(CAPACITY, field.shape[1]) for field in samples))
+        count = len(samples.actions)
+        index = (self._position + th.arange(count, device=self.scale.device)) % CAPACITY
+        for memory, field in zip(self._memory, samples, strict=True):
+            memory[index] = field
+        self._position = (self._position + count) % CAPACITY
+        self.size = min(self.size + count, CAPACITY)
+        self.scale.copy_(self._memory.targets[: self.size].square().mean().sqrt().clamp(min=1e-6))
 
     @property
     def can_learn(self) -> bool:
         """Whether there are enough samples; the network would learn fewer by heart."""
-        return len(self.memory) >= BATCH_SIZE
+        return self.size >= BATCH_SIZE
 
     def loss(self) -> th.Tensor:
         """
@@ -123,14 +144,37 @@ class GradientCorrection(nn.Module):
         :return: scalar
         :raises ValueError: if the memory is empty
         """
-        samples = self.memory.draw(BATCH_SIZE)
+        if self._memory is None:
+            raise ValueError("there are no samples to learn from; call `remember` first")
+        index = th.randint(self.size, (BATCH_SIZE,), device=self.scale.device)
+        samples = CorrectionSamples(*(memory[index] for memory in self._memory))
         answers = self.network(th.cat([samples.observations, samples.actions], dim=-1))
         return F.smooth_l1_loss(answers, samples.targets / self.scale)
+
+    def get_memory(self) -> dict[str, Any]:
+        """
+        What :meth:`set_memory` takes.
+
+        :return: the samples in use, and where the next one goes
+        """
+        used = {} if self._memory is None else {k: v[: self.size] for k, v in self._memory._asdict().items()}
+        return {"samples": used, "position": self._position}
+
+    def set_memory(self, state: dict[str, Any]) -> None:
+        """
+        Put the memory of another correction here.
+
+        :param state: as :meth:`get_memory` returned it
+        """
+        self.forget()
+        if state["samples"]:
+            self.remember(CorrectionSamples(**{k: v.to(self.scale.device) for k, v in state["samples"].items()}))
+            self._position = state["position"]
 
 
 def correction_samples(
     observations: th.Tensor, actions: th.Tensor, adaptive: th.Tensor, critic: th.Tensor, mask: th.Tensor
-) -> WindowSamples:
+) -> CorrectionSamples:
     """
     What the critic's gradient lacks beside that of windows, t of (12).
 
@@ -141,13 +185,14 @@ def correction_samples(
     :param mask: 1 for the steps that count, 0 for the others, shape ``(H, W)``
     :return: those whose difference is shorter than ``TOO_LONG``, then shortened to ``LONGEST_TARGET`` times the median length
     """
-    samples = window_samples(observations, actions, adaptive - critic, mask > 0)
-    lengths = samples.targets.norm(dim=-1)
-    if len(lengths) == 0:
-        return samples
-    longest = LONGEST_TARGET * lengths.median()
-    shortened = samples.targets * (longest / lengths.clamp(min=1e-12)).clamp(max=1.0).unsqueeze(-1)
-    return samples._replace(targets=shortened)
+    targets = adaptive - critic
+    lengths = targets.norm(dim=-1)
+    counts = (mask > 0) & (lengths < TOO_LONG)  # False for NaN
+    targets, lengths = targets[counts], lengths[counts]
+    if len(lengths) > 0:
+        longest = LONGEST_TARGET * lengths.median()
+        targets = targets * (longest / lengths.clamp(min=1e-12)).clamp(max=1.0).unsqueeze(-1)
+    return CorrectionSamples(observations[counts], actions[counts], targets)
 
 
 def make_gradient_correction(

@@ -21,7 +21,6 @@ from sb3_agpo.agpo.adaptive_gradient import (
 from sb3_agpo.agpo.policies import Actor, AGPOPolicy, samples_by_itself
 from sb3_agpo.agpo.rollout_buffer import DerivativeSamples, RolloutWindows
 from sb3_agpo.agpo.squashed_gaussian import infer_noise, squashed_sample
-from sb3_agpo.agpo.window_memory import WindowSamples
 
 #: maps observations and actions, each a batch of ``n``, to what is to be added to dQ/da, without gradient, ``(n, nu)``
 Correction = Callable[[th.Tensor, th.Tensor], th.Tensor]
@@ -163,18 +162,6 @@ def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: 
     action_targets = matching_targets(batch.r_a, batch.O_a, v_o, discount)  # (8)
     state_targets = matching_targets(batch.r_x, batch.O_x, v_o, discount)  # (9)
     return matching_loss(q_a, action_targets) + matching_loss(q_x, state_targets)
-
-
-def window_matching_loss(policy: AGPOPolicy, samples: WindowSamples) -> th.Tensor:
-    """
-    How far the critics' gradients are from those that windows found, M of (13) in :mod:`sb3_agpo.agpo.window_memory`.
-
-    :param policy: actor and critics
-    :param samples: of windows, whose targets are g_a of (3)
-    :return: scalar, summed over critics
-    """
-    _, q_a = policy.critic.input_gradients(samples.observations, samples.actions)  # (n_critics, n, nu)
-    return matching_loss(q_a, samples.targets)
 
 
 def replayed_policy_loss(

@@ -70,9 +70,6 @@ NAMES = (RANDOM, "sac", "sac-fast", "tqc", "crossq", "crossq-fast", "ppo", *AGPO
 # Constructor arguments that identify a run or only say how to watch it: no hyperparameters.
 NOT_SETTINGS = frozenset({"self", "env", "seed", "verbose", "tensorboard_log", "_init_setup_model", "stats_window_size"})
 
-# Constructor arguments of AGPO that came later, and the values at which it trains as before: settings have the same hash
-ADDED_ARGUMENTS: dict[str, Any] = {"critic_window_coef": 0.0}
-
 # Constructor arguments that are no choice: they come from the task, the seed or the algorithm.
 GIVEN = frozenset({"self", "env", "seed", "observation_space", "action_space", "lr_schedule"})
 
@@ -174,7 +171,6 @@ class AlgorithmSpec:
         arguments["policy_kwargs"] = policy_arguments
         if self.own:
             arguments |= _own_choices(arguments)
-            arguments = {name: value for name, value in arguments.items() if (name, value) not in ADDED_ARGUMENTS.items()}
         return {"algorithm": _plain(self.algorithm), "n_envs": self.n_envs, "arguments": _plain(arguments)}
 
     def settings_hash(self) -> str:
