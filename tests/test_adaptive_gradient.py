@@ -18,6 +18,7 @@ from sb3_agpo.agpo.adaptive_gradient import (
     PolicyPullback,
     WindowDerivatives,
     adaptive_gradient,
+    critic_loss,
     gradient_scale,
     gradient_statistics,
     matching_loss,
@@ -690,6 +691,30 @@ def test_matching_loss_has_no_unit(seed: int, exponent: float) -> None:
     targets, predictions = th.randn(8, 3, generator=generator), th.randn(2, 8, 3, generator=generator)
     expected = matching_loss(predictions, targets).item()
     assert matching_loss(factor * predictions, factor * targets).item() == pytest.approx(expected, rel=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.floats(-3.0, 3.0))
+def test_weight_of_matching_has_no_unit(seed: int, exponent: float) -> None:
+    """Rewards that are multiplied by a factor, and critics with them, give the loss times its square, whatever the weight."""
+    generator, factor = th.Generator().manual_seed(seed), 10.0**exponent
+    errors, targets, predictions = (th.randn(*shape, generator=generator) for shape in ((2, 8), (8, 3), (2, 8, 3)))
+
+    def loss(factor: float) -> float:
+        difference = 0.5 * (factor * errors).square().mean(1).sum()
+        return critic_loss(difference, matching_loss(factor * predictions, factor * targets), 0.7).item()
+
+    assert loss(factor) == pytest.approx(factor**2 * loss(1.0), rel=1e-3)
+
+
+def test_gradient_of_the_critics_loss() -> None:
+    """The loss of temporal differences is a unit for matching, not a second way to make matching small."""
+    parameters = th.tensor([3.0, 5.0], requires_grad=True)
+    difference, matching = parameters[0] ** 2, parameters[1] ** 2
+    loss = critic_loss(difference, matching, 0.1)
+    assert loss.item() == pytest.approx(9.0 + 0.1 * 9.0 * 25.0)
+    (gradient,) = th.autograd.grad(loss, parameters)
+    assert gradient.tolist() == pytest.approx([6.0, 0.1 * 9.0 * 10.0])
 
 
 # --- statistics

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo import agpo
-from sb3_agpo.agpo.updates import _split, critic_batches, temporal_difference_loss
+from sb3_agpo.agpo.updates import _split, critic_batches, gradient_matching_loss, temporal_difference_loss
 
 GAMMA = 0.9
 ENT_COEF = th.tensor(0.3)
@@ -70,6 +70,26 @@ def test_targets_have_no_gradient(normalization: str) -> None:
     policy.actor.optimizer.zero_grad()
     temporal_difference_loss(policy, batch).backward()
     assert all(parameter.grad is None for parameter in policy.actor.parameters())
+
+
+def test_step_of_the_critics_with_matching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain gradient descent goes along the gradient of (13)."""
+    model = small_model("InvertedPendulum-v5", critic_grad_coef=0.7).learn(60)
+    parameters = list(model.critic.parameters())
+    model.critic.optimizer = th.optim.SGD(parameters, lr=1.0)
+    (batch,) = model._sample_for_critic(1, 16)
+    derivatives = model.derivative_buffer.sample(8)
+    monkeypatch.setattr(model.derivative_buffer, "sample", lambda *args: derivatives)
+    before = [parameter.detach().clone() for parameter in parameters]
+    th.manual_seed(0)
+    difference = temporal_difference_loss(model.policy, batch)
+    matching = gradient_matching_loss(model.policy, derivatives, model.gamma, model._current_ent_coef())
+    assert difference > 0.0 and matching > 0.0
+    expected = th.autograd.grad(difference + 0.7 * difference.item() * matching, parameters)
+    th.manual_seed(0)
+    model._update_critic(batch)
+    for parameter, old, gradient in zip(parameters, before, expected, strict=True):
+        th.testing.assert_close(parameter, old - gradient, rtol=1e-4, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)

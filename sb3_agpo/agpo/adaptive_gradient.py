@@ -25,6 +25,13 @@ and critics that match the differentiated Bellman equation satisfy
 
     \partial Q / \partial a = r_a + \gamma (1 - d) O_a^T dV/do' \qquad (8) \qquad
     C^T \partial Q / \partial o = r_x + \gamma (1 - d) O_x^T dV/do' \qquad (9).
+
+Their violation has no unit, the loss of temporal differences has that of squared rewards. As the latter's share,
+
+.. math:: L = L_{TD} + \kappa\, \mathrm{stop}(L_{TD})\, L_{match}, \qquad (13)
+
+the weight :math:`\kappa` means the same whatever rewards are multiplied by. (10) to (12) are in
+:mod:`sb3_agpo.agpo.gradient_correction`.
 """
 
 from __future__ import annotations
@@ -208,6 +215,18 @@ def matching_loss(predictions: th.Tensor, targets: th.Tensor) -> th.Tensor:
     errors = (predictions - targets) / scale  # differences first: huge gradients that agree must not become inf - inf
     losses = th.nn.functional.smooth_l1_loss(errors, th.zeros_like(errors), reduction="none")
     return losses.mean(dim=(1, 2)).sum()
+
+
+def critic_loss(temporal_difference: th.Tensor, matching: th.Tensor, coefficient: float) -> th.Tensor:
+    """
+    Loss of critics that learn by gradient matching too, equation (13).
+
+    :param temporal_difference: loss of temporal differences, scalar
+    :param matching: loss of gradient matching, scalar
+    :param coefficient: weight of matching, in units of the loss of temporal differences
+    :return: scalar
+    """
+    return temporal_difference + coefficient * temporal_difference.detach() * matching
 
 
 def gradient_scale(targets: th.Tensor) -> th.Tensor:

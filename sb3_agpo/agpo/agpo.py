@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 
-from sb3_agpo.agpo.adaptive_gradient import gradient_statistics
+from sb3_agpo.agpo.adaptive_gradient import critic_loss, gradient_statistics
 from sb3_agpo.agpo.arguments import check_arguments, check_names
 from sb3_agpo.agpo.checkpoint import MADE_ANEW, TorchGenerators, resume, save_checkpoint
 from sb3_agpo.agpo.collection import AUTOMATIC_BUFFERS, DifferentiableOffPolicyAlgorithm
@@ -129,8 +129,9 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
         windows, which stands for many of them, takes a longer step. None for ``learning_rate``
-    :param critic_grad_coef: weight of gradient matching in the critics' loss; 0 turns it off. It makes an update of the
-        critics half as long again or more, and pays on smooth tasks; 1 is a good first value
+    :param critic_grad_coef: weight of gradient matching in the critics' loss, in units of the loss of temporal differences;
+        0 turns it off. It makes an update of the critics half as long again or more, and pays on smooth tasks; 0.3 is a good
+        first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
         ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
@@ -446,7 +447,7 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
             derivatives = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
             matching = gradient_matching_loss(self.policy, derivatives, self.gamma, self._current_ent_coef())
             self._record("matching_loss", matching.item())
-            loss = loss + self.critic_grad_coef * matching
+            loss = critic_loss(loss, matching, self.critic_grad_coef)
         if math.isfinite(self._step("critic", self.critic.optimizer, loss)):
             self.critic.update_statistics()
 

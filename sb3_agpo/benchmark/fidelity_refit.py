@@ -8,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 from tqdm import tqdm
 
+from sb3_agpo.agpo.adaptive_gradient import critic_loss
 from sb3_agpo.agpo.agpo import AGPO
 from sb3_agpo.agpo.updates import critic_batches, gradient_matching_loss, temporal_difference_loss
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
@@ -64,7 +65,7 @@ def refit(model: AGPO, file: str, n_updates: int, matching: float) -> SavedModel
         loss = temporal_difference_loss(model.policy, transitions)
         if matching > 0.0:
             batch = model.derivative_buffer.sample(model.critic_grad_batch_size)
-            loss = loss + matching * gradient_matching_loss(model.policy, batch, model.gamma, ent_coef)
+            loss = critic_loss(loss, gradient_matching_loss(model.policy, batch, model.gamma, ent_coef), matching)
         model.critic.optimizer.zero_grad()
         loss.backward()
         model.critic.optimizer.step()
