@@ -27,6 +27,7 @@ from sb3_agpo.benchmark.statistics import (
     interquartile_mean,
     mean,
     performance_profile,
+    pool,
     score_interval,
 )
 from sb3_agpo.benchmark.summary import summary_table
@@ -85,6 +86,27 @@ def two_tasks(tmp_path: Path) -> Path:
         run("agpo-adaptive", CHEETAH, 0, [0, 200], overshoot=8, n_envs=16),
         run("agpo-adaptive", CHEETAH, 1, [0, 1100], overshoot=8, n_envs=16),  # scores 1 and 4
     )
+
+
+def test_each_task_counts_the_same() -> None:
+    """A task that was run more often moves no statistic of all runs."""
+    easy, hard = np.array([1.0, 1.1, 0.9]), np.array([2.0, 4.0, 6.0, 8.0, 10.0])
+    pooled = pool([easy, hard])
+    assert pooled.mean() == pytest.approx((easy.mean() + hard.mean()) / 2)
+    twice = pool([easy, np.repeat(hard, 2)])
+    assert twice.mean() == pytest.approx(pooled.mean())
+    np.testing.assert_array_equal(pool([easy, hard[:3]]), np.concatenate([easy, hard[:3]]))  # as they are
+    curves = pool([easy[None, :, None], np.stack([hard, hard])[:1, :, None]], axis=1)
+    np.testing.assert_array_equal(curves[0, :, 0], pooled)
+
+
+def test_interval_of_tasks_with_different_numbers_of_runs() -> None:
+    """The interval is about the same statistic as the number, also where the second task has more runs."""
+    generator = np.random.default_rng(0)
+    few, many = generator.normal(0.0, 0.1, 3), generator.normal(5.0, 0.1, 30)
+    low, high = bootstrap_interval([few, many], mean)
+    assert low < pool([few, many]).mean() < high
+    assert high < 3.0  # 4.5 if every run counted the same
 
 
 def test_interquartile_mean_by_hand() -> None:

@@ -21,6 +21,7 @@ from sb3_agpo.benchmark.statistics import (
     interquartile_mean,
     mean,
     performance_profile,
+    pool,
     score_interval,
 )
 from sb3_agpo.tracking.figures import FONT, RESOLUTION, thousands
@@ -162,7 +163,7 @@ def _draw_scores(axes: Axes, results: Results, algorithm: str, style: Style) -> 
         returns = results.matrix(algorithm, task, fractions * results.budgets[task])
         runs.append(results.scored(algorithm, task, returns[np.isfinite(returns).all(axis=1)]))
     band = score_interval(runs, interquartile_mean) if max(len(of_task.returns) for of_task in runs) > 1 else None
-    center = interquartile_mean(np.concatenate([of_task.scores() for of_task in runs]))
+    center = interquartile_mean(pool([of_task.scores() for of_task in runs]))
     _draw(axes, 100 * fractions, center, band, style)
 
 
@@ -266,7 +267,7 @@ def profile_of(tasks: Sequence[ScoredRuns], thresholds: Array) -> tuple[Array, t
         return performance_profile(scores, thresholds, axis)
 
     band = score_interval(tasks, fractions) if max(len(of_task.returns) for of_task in tasks) > 1 else None
-    return fractions(np.concatenate([of_task.scores() for of_task in tasks]), 0), band
+    return fractions(pool([of_task.scores() for of_task in tasks]), 0), band
 
 
 def profile(results: Results, algorithms: Sequence[str], path: Path) -> None:

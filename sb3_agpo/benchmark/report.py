@@ -257,8 +257,8 @@ def write(results: Results, folder: Path, time: str, command: str) -> Path:
         "deviations as in this benchmark, those of IQMs held the true value 87 to 89 times out of 100, those of single tasks' "
         "means 81 times (61 with two seeds). A normalised score is 0 at the random "
         f"policy's return and 1 at {baseline}'s mean final return, so that its own IQM is 1 by definition, or nearly so. IQM "
-        "is the interquartile mean over runs and tasks. Times are those of learning alone, evaluations left "
-        f"out{_reckoned(results)}.\n\n",
+        "is the interquartile mean over runs and tasks, with the same weight for each task. Times are those of learning "
+        f"alone, evaluations left out{_reckoned(results)}.\n\n",
         names_in_file(results, algorithms),
         "## Final return\n\nAfter the steps named: mean, interval and, in parentheses, number of seeds.\n\n",
         final_table(results, algorithms),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,22 @@ def interquartile_mean(values: ArrayLike, axis: int = 0) -> Array:
     return np.asarray(scipy.stats.trim_mean(np.asarray(values, dtype=float), 0.25, axis=axis))
 
 
+def pool(tasks: Sequence[ArrayLike], axis: int = 0) -> Array:
+    """
+    Runs of all tasks in one array, in which each task counts the same.
+
+    Where tasks have different numbers of runs, runs are repeated: a statistic of all runs must not change because one task
+    was run more often, be it easy or hard.
+
+    :param tasks: runs of each task, at least one, of the same shape but for the axis of runs
+    :param axis: axis that holds the runs
+    :return: the runs, on that axis
+    """
+    arrays = [np.asarray(runs, dtype=float) for runs in tasks]
+    common = math.lcm(*(runs.shape[axis] for runs in arrays))
+    return np.concatenate([np.repeat(runs, common // runs.shape[axis], axis) for runs in arrays], axis)
+
+
 def mean(values: ArrayLike, axis: int = 0) -> Array:
     """
     Arithmetic mean, with the signature that :func:`bootstrap_interval` wants.
@@ -49,7 +66,8 @@ def bootstrap_interval(
     95 % percentile interval of a statistic of all runs, by resampling the runs of each task separately; of normalised scores,
     see :func:`score_interval`.
 
-    Resampling within tasks keeps the mixture of tasks as it was designed: only the seeds are random. Resampled runs scatter
+    Resampling within tasks keeps the mixture of tasks as it was designed: only the seeds are random, and each task counts the
+    same. Resampled runs scatter
     less than new ones would, by the factor (n - 1) / n of their variance, which is put back. With two or three seeds the
     interval of a single task is too narrow all the same: of normal numbers it holds the mean 61 and 81 times out of 100.
 
@@ -141,7 +159,7 @@ def score_interval(
 def _percentiles(resampled: Sequence[Array], statistic: Statistic) -> tuple[Array, Array]:
     """Bounds of a statistic of resampled runs, those of each task of shape ``(resamples, n_runs, ...)``."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(statistic(np.concatenate(resampled, axis=1), 1), [tail, 1 - tail], axis=0)
+    low, high = np.quantile(statistic(pool(resampled, axis=1), 1), [tail, 1 - tail], axis=0)
     return low, high
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sb3_agpo.benchmark.statistics import ScoredRuns, bootstrap_interval, interquartile_mean, mean, score_interval
+from sb3_agpo.benchmark.statistics import ScoredRuns, bootstrap_interval, interquartile_mean, mean, pool, score_interval
 
 Array = NDArray[np.float64]
 
@@ -59,7 +59,7 @@ def estimated_score(tasks: Sequence[ScoredRuns]) -> str:
     """
     if not tasks:
         return NONE
-    center = interquartile_mean(np.concatenate([task.scores() for task in tasks]))
+    center = interquartile_mean(pool([task.scores() for task in tasks]))
     several = max(len(task.returns) for task in tasks) > 1
     return _with_interval(center, score_interval(tasks, interquartile_mean) if several else None)
 
