@@ -18,12 +18,13 @@ from sb3_agpo.agpo.adaptive_gradient import (
     PolicyPullback,
     WindowDerivatives,
     adaptive_gradient,
-    critic_loss,
     gradient_scale,
     gradient_statistics,
     matching_loss,
     matching_targets,
     policy_loss,
+    temporal_difference_loss,
+    temporal_difference_unit,
 )
 from sb3_agpo.agpo.gates import ConstantGate, DisagreementGate, InverseVarianceGate, MagnitudeGate, VarianceSwitch
 from sb3_agpo.agpo.squashed_gaussian import squashed_sample
@@ -701,20 +702,18 @@ def test_weight_of_matching_has_no_unit(seed: int, exponent: float) -> None:
     errors, targets, predictions = (th.randn(*shape, generator=generator) for shape in ((2, 8), (8, 3), (2, 8, 3)))
 
     def loss(factor: float) -> float:
-        difference = 0.5 * (factor * errors).square().mean(1).sum()
-        return critic_loss(difference, matching_loss(factor * predictions, factor * targets), 0.7).item()
+        matching = matching_loss(factor * predictions, factor * targets)
+        return (temporal_difference_loss(factor * errors) + 0.7 * temporal_difference_unit(factor * errors) * matching).item()
 
     assert loss(factor) == pytest.approx(factor**2 * loss(1.0), rel=1e-3)
 
 
-def test_gradient_of_the_critics_loss() -> None:
-    """The loss of temporal differences is a unit for matching, not a second way to make matching small."""
-    parameters = th.tensor([3.0, 5.0], requires_grad=True)
-    difference, matching = parameters[0] ** 2, parameters[1] ** 2
-    loss = critic_loss(difference, matching, 0.1)
-    assert loss.item() == pytest.approx(9.0 + 0.1 * 9.0 * 25.0)
-    (gradient,) = th.autograd.grad(loss, parameters)
-    assert gradient.tolist() == pytest.approx([6.0, 0.1 * 9.0 * 10.0])
+def test_temporal_differences_by_hand() -> None:
+    errors = th.tensor([[1.0, -2.0, 100.0], [0.0, 3.0, -4.0]], requires_grad=True)
+    assert temporal_difference_loss(errors).item() == pytest.approx((1 + 4 + 10_000) / 6 + (9 + 16) / 6)
+    unit = temporal_difference_unit(errors)
+    assert unit.item() == pytest.approx(4 / 2 + 9 / 2)  # one error of a hundred does not count as such
+    assert not unit.requires_grad
 
 
 # --- statistics

@@ -17,7 +17,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_agpo import AGPO
 from sb3_agpo.agpo import agpo
-from sb3_agpo.agpo.updates import _split, critic_batches, gradient_matching_loss, temporal_difference_loss
+from sb3_agpo.agpo.adaptive_gradient import temporal_difference_loss, temporal_difference_unit
+from sb3_agpo.agpo.updates import _split, critic_batches, gradient_matching_loss, temporal_difference_errors
 
 GAMMA = 0.9
 ENT_COEF = th.tensor(0.3)
@@ -42,7 +43,7 @@ def test_loss_is_that_of_sac(discounts: bool, normalization: str) -> None:
     data, policy = transitions(32, discounts), MODELS[normalization].policy
     th.manual_seed(1)
     (batch,) = critic_batches(policy, data, GAMMA, ENT_COEF, 32)
-    found = temporal_difference_loss(policy, batch)
+    found = temporal_difference_loss(temporal_difference_errors(policy, batch))
     th.manual_seed(1)  # the policy's next actions, from the distribution of SB3's actor with the same noise
     mean, log_std, _ = policy.actor.get_action_dist_params(data.next_observations)
     gaussian = th.distributions.Normal(mean, log_std.exp())
@@ -68,7 +69,7 @@ def test_targets_have_no_gradient(normalization: str) -> None:
     (batch,) = critic_batches(policy, transitions(32), GAMMA, ENT_COEF, 32)
     assert not any(field.requires_grad for field in batch)
     policy.actor.optimizer.zero_grad()
-    temporal_difference_loss(policy, batch).backward()
+    temporal_difference_loss(temporal_difference_errors(policy, batch)).backward()
     assert all(parameter.grad is None for parameter in policy.actor.parameters())
 
 
@@ -82,10 +83,11 @@ def test_step_of_the_critics_with_matching(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model.derivative_buffer, "sample", lambda *args: derivatives)
     before = [parameter.detach().clone() for parameter in parameters]
     th.manual_seed(0)
-    difference = temporal_difference_loss(model.policy, batch)
+    errors = temporal_difference_errors(model.policy, batch)
     matching = gradient_matching_loss(model.policy, derivatives, model.gamma, model._current_ent_coef())
-    assert difference > 0.0 and matching > 0.0
-    expected = th.autograd.grad(difference + 0.7 * difference.item() * matching, parameters)
+    unit = temporal_difference_unit(errors).item()
+    assert unit > 0.0 and matching > 0.0
+    expected = th.autograd.grad(temporal_difference_loss(errors) + 0.7 * unit * matching, parameters)
     th.manual_seed(0)
     model._update_critic(batch)
     for parameter, old, gradient in zip(parameters, before, expected, strict=True):
@@ -195,7 +197,7 @@ def test_at_once_or_one_by_one_learns_the_same(monkeypatch: pytest.MonkeyPatch) 
         th.manual_seed(0)
         data = model.replay_buffer.sample(256)
         (batch,) = critic_batches(model.policy, data, model.gamma, model._current_ent_coef(), 256)
-        return temporal_difference_loss(model.policy, batch).item()
+        return temporal_difference_loss(temporal_difference_errors(model.policy, batch)).item()
 
     one_by_one, at_once = critic_loss(1), critic_loss(4)
     assert math.isfinite(at_once) and 0.5 < at_once / one_by_one < 2.0

@@ -26,11 +26,12 @@ and critics that match the differentiated Bellman equation satisfy
     \partial Q / \partial a = r_a + \gamma (1 - d) O_a^T dV/do' \qquad (8) \qquad
     C^T \partial Q / \partial o = r_x + \gamma (1 - d) O_x^T dV/do' \qquad (9).
 
-Their violation has no unit, the loss of temporal differences has that of squared rewards. As the latter's share,
+Their violation has no unit, temporal differences :math:`\delta` have that of rewards. With
 
-.. math:: L = L_{TD} + \kappa\, \mathrm{stop}(L_{TD})\, L_{match}, \qquad (13)
+.. math:: L = \tfrac12 \mathrm{mean}[\delta^2] + \kappa\, \tfrac12 \mathrm{median}[\delta^2]\, L_{match}, \qquad (13)
 
-the weight :math:`\kappa` means the same whatever rewards are multiplied by. (10) to (12) are in
+where no gradient flows into the median, the weight :math:`\kappa` means the same whatever rewards are multiplied by, and where
+a few transitions, such as those that end an episode, have errors much larger than the others'. (10) to (12) are in
 :mod:`sb3_agpo.agpo.gradient_correction`.
 """
 
@@ -217,16 +218,24 @@ def matching_loss(predictions: th.Tensor, targets: th.Tensor) -> th.Tensor:
     return losses.mean(dim=(1, 2)).sum()
 
 
-def critic_loss(temporal_difference: th.Tensor, matching: th.Tensor, coefficient: float) -> th.Tensor:
+def temporal_difference_loss(errors: th.Tensor) -> th.Tensor:
     """
-    Loss of critics that learn by gradient matching too, equation (13).
+    SAC's critic loss.
 
-    :param temporal_difference: loss of temporal differences, scalar
-    :param matching: loss of gradient matching, scalar
-    :param coefficient: weight of matching, in units of the loss of temporal differences
-    :return: scalar
+    :param errors: temporal differences of each critic, shape ``(n_critics, n)``
+    :return: half the mean squared error, summed over critics
     """
-    return temporal_difference + coefficient * temporal_difference.detach() * matching
+    return 0.5 * errors.square().mean(1).sum()
+
+
+def temporal_difference_unit(errors: th.Tensor) -> th.Tensor:
+    """
+    Unit of gradient matching in equation (13).
+
+    :param errors: temporal differences of each critic, shape ``(n_critics, n)``
+    :return: half the median squared error, summed over critics, without gradient
+    """
+    return 0.5 * errors.detach().square().median(1).values.sum()
 
 
 def gradient_scale(targets: th.Tensor) -> th.Tensor:

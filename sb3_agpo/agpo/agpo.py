@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import FloatSchedule, get_parameters_by_name, polyak_update, update_learning_rate
 
-from sb3_agpo.agpo.adaptive_gradient import critic_loss, gradient_statistics
+from sb3_agpo.agpo.adaptive_gradient import gradient_statistics, temporal_difference_loss, temporal_difference_unit
 from sb3_agpo.agpo.arguments import check_arguments, check_names
 from sb3_agpo.agpo.checkpoint import MADE_ANEW, TorchGenerators, resume, save_checkpoint
 from sb3_agpo.agpo.collection import AUTOMATIC_BUFFERS, DifferentiableOffPolicyAlgorithm
@@ -50,7 +50,7 @@ from sb3_agpo.agpo.updates import (
     gradient_matching_loss,
     replayed_policy_loss,
     sample_actions,
-    temporal_difference_loss,
+    temporal_difference_errors,
     window_update,
 )
 from sb3_agpo.dynamics.mujoco import FiniteDifferences
@@ -129,9 +129,8 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
         ``learning_rate``
     :param ent_coef_learning_rate: of a learned temperature, a float or a schedule, per transition collected: an update on
         windows, which stands for many of them, takes a longer step. None for ``learning_rate``
-    :param critic_grad_coef: weight of gradient matching in the critics' loss, in units of the loss of temporal differences;
-        0 turns it off. It makes an update of the critics half as long again or more, and pays on smooth tasks; 0.3 is a good
-        first value
+    :param critic_grad_coef: weight of gradient matching in the critics' loss, in units of temporal differences; 0 turns it
+        off. It makes an update of the critics half as long again or more, and pays on smooth tasks; 1 is a good first value
     :param critic_grad_batch_size: transitions with derivatives in each critic update
     :param policy_delay: critic updates per policy update on replayed transitions, as SAC makes them; 0 for none, None for
         ``POLICY_DELAY_BESIDE_WINDOWS`` where fresh windows train the policy and 1 where they do not
@@ -441,13 +440,14 @@ class AGPO(DifferentiableOffPolicyAlgorithm):
 
     def _update_critic(self, batch: CriticBatch) -> None:
         """Temporal differences on replayed transitions, gradient matching on stored derivatives."""
-        loss = temporal_difference_loss(self.policy, batch)
+        errors = temporal_difference_errors(self.policy, batch)
+        loss = temporal_difference_loss(errors)
         self._record("critic_loss", loss.item())
         if self.critic_grad_coef > 0.0 and self.derivative_buffer.size > 0:
             derivatives = self.derivative_buffer.sample(self.critic_grad_batch_size, self._vec_normalize_env)
             matching = gradient_matching_loss(self.policy, derivatives, self.gamma, self._current_ent_coef())
             self._record("matching_loss", matching.item())
-            loss = critic_loss(loss, matching, self.critic_grad_coef)
+            loss = loss + self.critic_grad_coef * temporal_difference_unit(errors) * matching  # (13)
         if math.isfinite(self._step("critic", self.critic.optimizer, loss)):
             self.critic.update_statistics()
 

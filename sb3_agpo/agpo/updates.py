@@ -124,13 +124,15 @@ def _split(field: Any, batch_size: int) -> list[Any]:
     return list(field.split(batch_size))
 
 
-def temporal_difference_loss(policy: AGPOPolicy, batch: CriticBatch) -> th.Tensor:
+def temporal_difference_errors(policy: AGPOPolicy, batch: CriticBatch) -> th.Tensor:
     """
-    SAC's critic loss. With batch normalisation the critics are their own targets, see :meth:`EnsembleCritic.joint_q_values`.
+    What SAC's critics lack of their targets, which have no gradient.
+
+    With batch normalisation the critics are their own targets, see :meth:`EnsembleCritic.joint_q_values`.
 
     :param policy: actor and critics
     :param batch: what to learn from, ``n`` transitions
-    :return: half the mean squared error, summed over critics
+    :return: shape ``(n_critics, n)``
     """
     if policy.critic.batch_norms:
         q_values, next_q_values = policy.critic.joint_q_values(
@@ -141,7 +143,7 @@ def temporal_difference_loss(policy: AGPOPolicy, batch: CriticBatch) -> th.Tenso
         with th.no_grad():
             next_q_values = policy.critic_target.q_values(batch.next_observations, batch.next_actions)
     targets = batch.rewards + batch.discounts * next_q_values.min(0).values  # (n,)
-    return 0.5 * (q_values - targets).square().mean(1).sum()
+    return q_values - targets
 
 
 def gradient_matching_loss(policy: AGPOPolicy, batch: DerivativeSamples, gamma: float, ent_coef: th.Tensor) -> th.Tensor:

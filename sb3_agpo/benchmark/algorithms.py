@@ -59,7 +59,7 @@ VARIANTS = {BATCH_NORM: BATCH_NORM_SETTINGS, FOUR_UPDATES: FOUR_UPDATES_SETTINGS
 
 GRADIENT_MODES = ("adaptive", "analytic", "q")
 NO_MATCHING = "-nomatch"  # as AGPO's defaults are
-MATCHING = 0.3  # weight of gradient matching otherwise
+MATCHING = 1.0  # weight of gradient matching otherwise
 RANDOM = "random"
 AGPO_NAMES = tuple(f"agpo-{mode}{suffix}" for mode in GRADIENT_MODES for suffix in ("", NO_MATCHING))
 # ``agpo-four-updates`` without replayed policy updates: fresh windows are all that the policy learns from

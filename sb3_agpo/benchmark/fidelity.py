@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--refit", further, type=int, default=0, metavar="UPDATES")
     add("--replay-buffer", "what --refit trains on, saved by the model's save_replay_buffer", type=Path, metavar="FILE")
     weights = "weights of gradient matching that --refit compares"
-    add("--matching", weights, nargs="+", type=float, default=[0.0, 0.3], metavar="WEIGHT")
+    add("--matching", weights, nargs="+", type=float, default=[0.0, 1.0], metavar="WEIGHT")
     add("--seed", "seed of everything random", type=int, default=0)
     add("--threads", "threads of simulator and networks", type=int, default=1)
     beside = "CSV file; table and figure of this run lie beside it as .md and .png"

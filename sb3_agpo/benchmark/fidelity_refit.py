@@ -8,9 +8,9 @@ from typing import Any
 import gymnasium as gym
 from tqdm import tqdm
 
-from sb3_agpo.agpo.adaptive_gradient import critic_loss
+from sb3_agpo.agpo.adaptive_gradient import temporal_difference_loss, temporal_difference_unit
 from sb3_agpo.agpo.agpo import AGPO
-from sb3_agpo.agpo.updates import critic_batches, gradient_matching_loss, temporal_difference_loss
+from sb3_agpo.agpo.updates import critic_batches, gradient_matching_loss, temporal_difference_errors
 from sb3_agpo.benchmark.fidelity_model import SavedModel, load_model
 
 
@@ -62,10 +62,12 @@ def refit(model: AGPO, file: str, n_updates: int, matching: float) -> SavedModel
     for _ in tqdm(range(n_updates), desc=f"refit, matching {matching:g}", unit="update", leave=False):
         data = model._sample_transitions(model.batch_size)
         (transitions,) = critic_batches(model.policy, data, model.gamma, ent_coef, model.batch_size)
-        loss = temporal_difference_loss(model.policy, transitions)
+        errors = temporal_difference_errors(model.policy, transitions)
+        loss = temporal_difference_loss(errors)
         if matching > 0.0:
             batch = model.derivative_buffer.sample(model.critic_grad_batch_size)
-            loss = critic_loss(loss, gradient_matching_loss(model.policy, batch, model.gamma, ent_coef), matching)
+            matching_loss = gradient_matching_loss(model.policy, batch, model.gamma, ent_coef)
+            loss = loss + matching * temporal_difference_unit(errors) * matching_loss
         model.critic.optimizer.zero_grad()
         loss.backward()
         model.critic.optimizer.step()

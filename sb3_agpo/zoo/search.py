@@ -49,7 +49,7 @@ def sample_agpo_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "horizon": trial.suggest_int("horizon", 1, 16, log=True),
         "rollout_size_pow": trial.suggest_int("rollout_size_pow", 5, 9),
         "rollout_epochs": trial.suggest_int("rollout_epochs", 1, 8),
-        "critic_grad_coef": trial.suggest_categorical("critic_grad_coef", [0.0, 0.03, 0.1, 0.3, 1.0, 3.0]),
+        "critic_grad_coef": trial.suggest_categorical("critic_grad_coef", [0.0, 0.1, 0.3, 1.0, 3.0, 10.0]),
     }
     trial.set_user_attr("gamma", 1 - sampled["one_minus_gamma"])
     trial.set_user_attr("batch_size", 2 ** sampled["batch_size_pow"])
