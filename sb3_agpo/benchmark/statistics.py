@@ -67,9 +67,9 @@ def bootstrap_interval(
     see :func:`score_interval`.
 
     Resampling within tasks keeps the mixture of tasks as it was designed: only the seeds are random, and each task counts the
-    same. Resampled runs scatter
-    less than new ones would, by the factor (n - 1) / n of their variance, which is put back. With two or three seeds the
-    interval of a single task is too narrow all the same: of normal numbers it holds the mean 61 and 81 times out of 100.
+    same. Resampled runs scatter less than new ones would, by the factor (n - 1) / n of their variance, which is put back. With
+    two or three seeds the interval of a single task is too narrow all the same: of normal numbers it holds the mean 61 and 81
+    times out of 100.
 
     :param strata: runs of each task, each of shape ``(n_runs, ...)`` with the same trailing shape
     :param statistic: of an array and the axis that holds the runs
